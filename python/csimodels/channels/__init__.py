@@ -1,0 +1,1 @@
+"""Channels: rays to CSI, generators, files."""
