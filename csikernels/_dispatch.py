@@ -3,7 +3,7 @@
 ``torch.library`` dispatches on device; which *implementation* runs there is decided here, never by import order.
 
 - ``csikernels::<op>`` is the public op. Its schema comes from ``csrc/library.cpp`` when the extension is loaded and from
-  :func:`define` otherwise; a test holds the two texts equal.
+  :func:`define` otherwise; an extension whose schema differs is refused at import.
 - Where the extension has a kernel for a device, that C++ function owns the device key and asks the chosen backend itself
   (an atomic, so the fast path never enters Python); for any other choice it calls ``csikernels_python::<op>``.
 - ``csikernels_python::<op>`` chooses among the implementations written in Python (``triton``, ``reference``). It also owns
@@ -43,21 +43,35 @@ def define(schema: str) -> str:
     if name in _schemas:
         raise RuntimeError(f"op {name!r} is defined twice")
     _schemas[name] = schema
-    _implementations[name] = {}
-    if _load.extension is None:
-        _public.define(schema)
-    _python.define(schema)
+    _implementations.setdefault(name, {})
+    tags = (torch.Tag.pt2_compliant_tag,)
+    if not _extension_defines(name, schema):
+        _public.define(schema, tags=tags)
+    _python.define(schema, tags=tags)
 
     def choose(*args, **kwargs):
         # The dispatcher hands every argument of a Python kernel over positionally except keyword-only ones.
         device = _device_type(args)
-        return _python_implementation(name, device)(*args, **kwargs)
+        # The op's own autograd formula has been set up by now; what runs inside must not record a second graph.
+        with torch.no_grad():
+            return _python_implementation(name, device)(*args, **kwargs)
 
     _python.impl(name, choose, "CompositeExplicitAutograd")
     for device, key in _DEVICES.items():
         if not has_compiled_kernel(name, device):
             _public.impl(name, choose, key)
     return name
+
+
+def _extension_defines(name: str, schema: str) -> bool:
+    text = _load.extension.schema(name) if _load.extension is not None else None
+    if text is None:
+        return False
+    if torch._C.parse_schema(text) != torch._C.parse_schema(f"{NAMESPACE}::{schema}"):
+        raise ImportError(
+            f"csikernels._C was built from other sources (it has {text}, expected {schema}): install csikernels again"
+        )
+    return True
 
 
 def implement(op: str, backend: str) -> Callable[[Callable], Callable]:
@@ -69,7 +83,7 @@ def implement(op: str, backend: str) -> Callable[[Callable], Callable]:
         raise ValueError(f"backend: expected 'reference' or 'triton', got {backend!r}")
 
     def register(function: Callable) -> Callable:
-        _implementations[op][backend] = function
+        _implementations.setdefault(op, {})[backend] = function
         return function
 
     return register

@@ -1,0 +1,1 @@
+"""Schemas, fake kernels, autograd formulas and the public functions."""
