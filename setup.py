@@ -1,10 +1,11 @@
-"""Builds the extension ``csikernels._C`` where torch and a C++ compiler are there, and with CUDA where torch and nvcc allow.
+"""Builds the extension ``csikernels._C`` where torch and a C++ compiler are there, with CUDA where it can.
 
 Everything else is in pyproject.toml. Environment:
 
-- ``CSIKERNELS_CUDA=0`` leaves CUDA out; ``=1`` demands it and fails with the reason where it cannot be built. Unset, CUDA
-  is built when torch is a CUDA build and a matching nvcc is found; whether a GPU is present does not matter.
-- ``TORCH_CUDA_ARCH_LIST`` replaces the default list of GPU architectures; ``CXX`` and ``CUDA_HOME`` choose the compilers.
+- ``CSIKERNELS_CUDA=0`` leaves CUDA out; ``=1`` demands it and fails with the reason where it cannot be built. Unset,
+  CUDA is built when torch is a CUDA build and a matching nvcc is found; whether a GPU is present does not matter.
+- ``TORCH_CUDA_ARCH_LIST`` replaces the default list of GPU architectures; ``CXX`` and ``CUDA_HOME`` choose the
+  compilers.
 
 Without torch or a compiler the package installs as pure Python, and ``csikernels.build_info()`` says why.
 """

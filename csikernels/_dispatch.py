@@ -2,12 +2,12 @@
 
 ``torch.library`` dispatches on device; which *implementation* runs there is decided here, never by import order.
 
-- ``csikernels::<op>`` is the public op. Its schema comes from ``csrc/library.cpp`` when the extension is loaded and from
-  :func:`define` otherwise; an extension whose schema differs is refused at import.
-- Where the extension has a kernel for a device, that C++ function owns the device key and asks the chosen backend itself
-  (an atomic, so the fast path never enters Python); for any other choice it calls ``csikernels_python::<op>``.
-- ``csikernels_python::<op>`` chooses among the implementations written in Python (``triton``, ``reference``). It also owns
-  the device key directly where there is no compiled kernel.
+- ``csikernels::<op>`` is the public op. Its schema comes from ``csrc/library.cpp`` when the extension is loaded and
+  from :func:`define` otherwise; an extension whose schema differs is refused at import.
+- Where the extension has a kernel for a device, that C++ function owns the device key and asks the chosen backend
+  itself (an atomic, so the fast path never enters Python); for any other choice it calls ``csikernels_python::<op>``.
+- ``csikernels_python::<op>`` chooses among the implementations written in Python (``triton``, ``reference``). It also
+  owns the device key directly where there is no compiled kernel.
 """
 
 from __future__ import annotations
@@ -190,9 +190,8 @@ def _python_implementation(op: str, device: str) -> Callable:
     available = _available(op, device)
     if _chosen is not None:
         if _chosen not in available:
-            raise RuntimeError(
-                f"{op}: backend {_chosen!r} was asked for, but on {device} this op has: {', '.join(available) or 'none'}"
-            )
+            has = ", ".join(available) or "none"
+            raise RuntimeError(f"{op}: backend {_chosen!r} was asked for, but on {device} this op has: {has}")
         return _implementations[op][_chosen]
     for name in available:
         if name in _implementations[op] and not (name == "triton" and device == "cpu"):

@@ -34,8 +34,8 @@ def _load() -> tuple[ModuleType | None, str | None]:
             raise
         return None, build_record().get("reason") or "the extension csikernels._C was not built"
     except ImportError as error:
-        built_with = build_record().get("torch", "unknown")
-        return None, f"csikernels._C failed to load (built with torch {built_with}, running {torch.__version__}): {error}"
+        versions = f"built with torch {build_record().get('torch', 'unknown')}, running {torch.__version__}"
+        return None, f"csikernels._C failed to load ({versions}): {error}"
     module.cpu_capability()  # a wrong CSIKERNELS_CPU_CAPABILITY is said now, not by the first op
     return module, None
 

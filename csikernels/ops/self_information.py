@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -37,8 +38,8 @@ def self_information(
         I_j = -log2( 1/K * sum_k exp(-(c_j - c_jk)^2 / (2 b^2)) / (sqrt(2 pi) b) )
 
     Neighbours outside the array are 0 (zero padding). The real and imaginary channel are two images of their own. The
-    paper leaves open which nine elements of the neighbourhood are taken; the default is the grid {-radius, 0, radius}^2,
-    and ``offsets`` states any other choice.
+    paper leaves open which nine elements of the neighbourhood are taken; the default is the grid
+    {-radius, 0, radius}^2, and ``offsets`` states any other choice.
 
     Args:
         h: ``[B, C, H, W]``, float16, bfloat16, float32 or float64.
@@ -47,9 +48,9 @@ def self_information(
         offsets: ``K`` pairs (row, column) relative to the element, instead of the default grid. May repeat.
 
     Returns:
-        Information in bits, ``[B, C, H, W]``, float64 for float64 input and float32 otherwise, computed in float64 or as
-        well as that. An element that is not finite, or has a NaN among its neighbours, gets NaN; an infinite neighbour
-        counts as infinitely far. The result carries no gradient: it serves to rank, and the selection is discrete.
+        Information in bits, ``[B, C, H, W]``, float64 for float64 input and float32 otherwise. An element that is not
+        finite, or has a NaN among its neighbours, gets NaN; an infinite neighbour counts as infinitely far. The result
+        carries no gradient: it serves to rank, and the selection is discrete.
 
     Raises:
         TypeError: ``h`` is no floating-point tensor, or ``radius`` or an offset is no integer.
@@ -78,8 +79,8 @@ def select_informative(
         h: ``[B, C, H, W]``, float16, bfloat16, float32 or float64; decides the ranking.
         m: Elements to keep per sample, 1 to ``C*H*W``.
         bandwidth, radius, offsets: As in :func:`self_information`.
-        source: ``[B, C, H, W]``, floating-point: where the values are read, ``h`` itself by default. The paper's encoder
-            ranks by the channel and sends the values of its self-information image.
+        source: ``[B, C, H, W]``, floating-point: where the values are read, ``h`` itself by default. The paper's
+            encoder ranks by the channel and sends the values of its self-information image.
 
     Returns:
         ``values`` ``[B, m]``, bit for bit those of ``source`` and of its dtype, and ``indices`` ``[B, m]`` int64 into
@@ -131,8 +132,8 @@ def top_m(score: Tensor, m: int, *, source: Tensor | None = None) -> tuple[Tenso
 def scatter_codeword(values: Tensor, indices: Tensor, mean: Tensor, shape: Sequence[int]) -> Tensor:
     """Put a received codeword back into its place and fill all else with the mean.
 
-    The first step of LLMCsiNet's preliminary decoder (section IV-A): an array of the sample's mean, in which the fed back
-    elements are inserted at their positions.
+    The first step of LLMCsiNet's preliminary decoder (section IV-A): an array of the sample's mean, in which the fed
+    back elements are inserted at their positions.
 
     Args:
         values: ``[B, m]``, float16, bfloat16, float32 or float64.
@@ -145,15 +146,15 @@ def scatter_codeword(values: Tensor, indices: Tensor, mean: Tensor, shape: Seque
 
     Raises:
         TypeError: wrong dtype.
-        ValueError: shapes or devices that do not fit together, or, for CPU tensors, an index outside ``shape`` (on CUDA,
-            looking would stall the stream; there an index out of range is a device-side assertion).
+        ValueError: shapes or devices that do not fit together, or, for CPU tensors, an index outside ``shape`` (on
+            CUDA, looking would stall the stream; there an index out of range is a device-side assertion).
     """
     shape = [int(size) for size in shape]
     _check_codeword(values, indices, mean, shape)
     return _ops.scatter_codeword(values, indices, mean, shape)
 
 
-# Fake kernels and autograd ----------------------------------------------------------------------------------------------
+# Fake kernels and autograd -------------------------------------------------------------------------------------------
 
 
 @torch.library.register_fake(f"{NAMESPACE}::self_information")
@@ -219,7 +220,7 @@ torch.library.register_autograd(f"{NAMESPACE}::select_informative", _select_back
 torch.library.register_autograd(f"{NAMESPACE}::scatter_codeword", _scatter_backward, setup_context=_keep_positions)
 
 
-# Checks -----------------------------------------------------------------------------------------------------------------
+# Checks --------------------------------------------------------------------------------------------------------------
 
 
 def _check_floating(tensor: Tensor, name: str) -> None:
@@ -248,7 +249,7 @@ def _check_device(tensor: Tensor, name: str, device: torch.device) -> None:
 
 
 def _check_m(m: int, size: int, meaning: str) -> None:
-    if isinstance(m, (bool, float)):
+    if isinstance(m, bool) or not isinstance(m, (Integral, torch.SymInt)):
         raise TypeError(f"m: expected an integer, got {m!r}")
     if m < 1 or m > size:
         raise ValueError(f"m: expected 1..{meaning} = 1..{size}, got {m}")
@@ -264,19 +265,19 @@ def _bandwidth(bandwidth: float) -> float:
 def _flat_offsets(radius: int, offsets: Sequence[tuple[int, int]] | None) -> list[int]:
     """(row, column) pairs in one list, as the schema has them."""
     if offsets is None:
-        if not isinstance(radius, int):
+        if not isinstance(radius, Integral):
             raise TypeError(f"radius: expected an integer, got {radius!r}")
         if radius < 1:
             raise ValueError(f"radius: expected at least 1, got {radius}")
-        steps = (-radius, 0, radius)
+        steps = (-int(radius), 0, int(radius))
         return [step for row in steps for column in steps for step in (row, column)]
     flat = []
     for offset in offsets:
         if len(offset) != 2:
             raise ValueError(f"offsets: expected pairs (row, column), got {offset!r}")
-        if not all(isinstance(step, int) for step in offset):
+        if not all(isinstance(step, Integral) for step in offset):
             raise TypeError(f"offsets: expected pairs of integers, got {offset!r}")
-        flat.extend(offset)
+        flat.extend(int(step) for step in offset)
     if not flat:
         raise ValueError("offsets: expected at least one pair (row, column), got none")
     return flat

@@ -49,6 +49,10 @@ def top_m(score: Tensor, m: int, source: Tensor | None = None) -> tuple[Tensor, 
 def scatter_codeword(values: Tensor, indices: Tensor, mean: Tensor, shape: list[int]) -> Tensor:
     """values [B,m], indices [B,m], mean [B] -> [B,*shape]."""
     batch, size = values.shape[0], math.prod(shape)
+    if indices.device.type == "cpu":
+        wrong = indices[(indices < 0) | (indices >= size)]
+        if wrong.numel():
+            raise ValueError(f"indices: expected 0..{size - 1}, the elements of {tuple(shape)}, got {wrong[0].item()}")
     winner = last_writer(indices, size)
     if values.shape[1] == 0:
         filled = mean[:, None].repeat(1, size)
@@ -70,9 +74,10 @@ def _pairs(offsets: list[int]) -> list[tuple[int, int]]:
 
 
 def _log_neighbour_sum(h: Tensor, bandwidth: float, offsets: list[tuple[int, int]]) -> Tensor:
-    """log of the sum over all non-central neighbours of exp(-(c_j - c_jk)^2 / (2 b^2)), float64, NaN where c_j is not finite.
+    """log of the sum over all non-central neighbours of exp(-(c_j - c_jk)^2 / (2 b^2)), float64.
 
-    The largest term is factored out: far from all its neighbours, an element's sum underflows but its logarithm does not.
+    NaN where c_j is not finite. The largest term is factored out: far from all its neighbours, an element's sum
+    underflows but its logarithm does not.
     """
     centre = h.double()
     reach = max(max(abs(row), abs(column)) for row, column in offsets)

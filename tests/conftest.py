@@ -1,0 +1,72 @@
+"""Fixtures that every test of an op shares.
+
+``backend`` runs a test once per implementation that this machine has of the ops named by ``@pytest.mark.op(...)``; the
+compiled one once per CPU capability, since each is another kernel. Inside such a test, the package's functions run on that
+backend and nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+import csikernels
+from csikernels import _load
+
+
+def _variants(ops: tuple[str, ...], device: str) -> list[str]:
+    """Backends that all these ops have on the device; "cpp" once per CPU capability."""
+    available = csikernels.backends()
+    unknown = [op for op in ops if op not in available]
+    if unknown:
+        raise pytest.UsageError(f"pytest.mark.op: no such op: {', '.join(unknown)}; known: {', '.join(available)}")
+    names = [name for name in available[ops[0]][device] if all(name in available[op][device] for op in ops)]
+    capabilities = _load.extension.cpu_capabilities() if _load.extension is not None else []
+    return [
+        variant
+        for name in names
+        for variant in ([f"cpp-{capability}" for capability in capabilities] if name == "cpp" else [name])
+    ]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "backend" not in metafunc.fixturenames:
+        return
+    marker = metafunc.definition.get_closest_marker("op")
+    if marker is None or not marker.args:
+        raise pytest.UsageError(f"{metafunc.definition.nodeid}: `backend` needs pytest.mark.op with the ops under test")
+    metafunc.parametrize("backend", _variants(marker.args, "cpu"), indirect=True)
+
+
+@pytest.fixture
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The backend in force during this test, such as ``"reference"`` or ``"cpp-avx2"``."""
+    name, _, capability = request.param.partition("-")
+    with contextlib.ExitStack() as stack:
+        if capability:
+            assert _load.extension is not None
+            stack.callback(_load.extension.set_cpu_capability, _load.extension.cpu_capability())
+            _load.extension.set_cpu_capability(capability)
+        stack.enter_context(csikernels.use_backend(name))
+        yield request.param
+
+
+@pytest.fixture
+def opcheck() -> Callable[..., None]:
+    """``opcheck("top_m", (score, 3))``: all of torch.library.opcheck's tests on ``csikernels::top_m``."""
+
+    def check(op: str, args: tuple, kwargs: dict | None = None) -> None:
+        torch.library.opcheck(getattr(torch.ops.csikernels, op).default, args, kwargs or {})
+
+    return check
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    """``threads(n)``: run what follows on ``n`` threads; the number before is restored."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
