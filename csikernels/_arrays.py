@@ -60,6 +60,8 @@ def accepts_arrays(function: Callable) -> Callable:
 
     @functools.wraps(function)
     def wrapper(*args, **kwargs):
+        if torch.compiler.is_compiling():  # a traced graph holds tensors only, and inspecting types would break it
+            return function(*args, **kwargs)
         kinds = {kind for value in (*args, *kwargs.values()) if (kind := _kind(value)) is not None}
         if kinds <= {"torch"}:
             return function(*args, **kwargs)

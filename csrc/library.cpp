@@ -33,8 +33,24 @@ TORCH_LIBRARY(csikernels, m) {
   m.def("scatter_codeword(Tensor values, Tensor indices, Tensor mean, SymInt[] shape) -> Tensor", tags);
 
   // codebook
+  m.def("codebook_pack(Tensor codebook, str precision) -> (Tensor words, Tensor packed)", tags);
+  m.def(
+      "codebook_search(Tensor h, Tensor words, Tensor packed, Tensor? environment, str precision)"
+      " -> (Tensor index, Tensor similarity)",
+      tags);
 
   // nf4_lora
+  m.def("nf4_quantize(Tensor weight, int block_size) -> (Tensor packed, Tensor absmax)", tags);
+  m.def("nf4_dequantize(Tensor packed, Tensor absmax, SymInt[] shape, int block_size, ScalarType dtype) -> Tensor",
+        tags);
+  m.def(
+      "nf4_lora_linear(Tensor x, Tensor packed, Tensor absmax, int block_size, Tensor lora_a, Tensor lora_b,"
+      " float scaling, Tensor? bias) -> Tensor",
+      tags);
+  m.def(
+      "nf4_lora_linear_backward(Tensor grad, Tensor x, Tensor packed, Tensor absmax, int block_size, Tensor lora_a,"
+      " Tensor lora_b, float scaling, bool[4] output_mask) -> (Tensor, Tensor, Tensor, Tensor)",
+      tags);
 
   // lasco
 }
@@ -97,6 +113,8 @@ PYBIND11_MODULE(_C, module) {
       "has_kernel", [all](const std::string& op, const std::string& key) { return all->kernels.contains({op, key}); },
       "Whether this extension holds a kernel of the op for the dispatch key (\"CPU\" or \"CUDA\").");
   module.def("cpu_capability", [] { return cpu::capability_name(cpu::capability()); }, "The CPU capability in force.");
-  module.def("cpu_capabilities", &cpu::machine_capabilities, "All capabilities of this machine, lowest first.");
-  module.def("set_cpu_capability", &cpu::set_capability, "Lower the capability in force, up to what the machine has.");
+  module.def("cpu_capabilities", &cpu::available_capabilities,
+             "The capabilities that can be put in force, lowest first.");
+  module.def("set_cpu_capability", &cpu::set_capability,
+             "Put a capability in force, the highest available one at most.");
 }

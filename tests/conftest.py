@@ -1,20 +1,26 @@
 """Fixtures that every test of an op shares.
 
 ``backend`` runs a test once per implementation that this machine has of the ops named by ``@pytest.mark.op(...)``; the
-compiled one once per CPU capability, since each is another kernel. Inside such a test, the package's functions run on that
-backend and nothing else.
+compiled one once per CPU capability, since each is another kernel. Inside such a test, the package's functions run on
+that backend and nothing else.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 import csikernels
 from csikernels import _load
+
+ROOT = Path(__file__).parent.parent
 
 
 def _variants(ops: tuple[str, ...], device: str) -> list[str]:
@@ -52,6 +58,20 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
             _load.extension.set_cpu_capability(capability)
         stack.enter_context(csikernels.use_backend(name))
         yield request.param
+
+
+@pytest.fixture
+def run_python() -> Callable[..., subprocess.CompletedProcess]:
+    """``run_python(code, NAME="value")``: in a fresh interpreter, since the environment is read once per process."""
+
+    def run(code: str, **environment: str) -> subprocess.CompletedProcess:
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("CSIKERNELS_")}
+        paths = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'python'}"}
+        return subprocess.run(
+            [sys.executable, "-c", code], env={**inherited, **paths, **environment}, capture_output=True, text=True
+        )
+
+    return run
 
 
 @pytest.fixture

@@ -35,14 +35,14 @@ def select_informative(
     # The constant centre is left out: it would only round away differences between very informative elements.
     density = _log_neighbour_sum(h, bandwidth, _pairs(offsets)).flatten(1)
     indices = _smallest(density, m)
-    return (h if source is None else source).flatten(1).gather(1, indices), indices
+    return _pick((h if source is None else source).flatten(1), indices), indices
 
 
 @implement("top_m", "reference")
 def top_m(score: Tensor, m: int, source: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """score [B,N], source [B,N] -> values [B,m], indices [B,m]."""
     indices = _smallest(-score, m)
-    return (score if source is None else source).gather(1, indices), indices
+    return _pick(score if source is None else source, indices), indices
 
 
 @implement("scatter_codeword", "reference")
@@ -54,11 +54,9 @@ def scatter_codeword(values: Tensor, indices: Tensor, mean: Tensor, shape: list[
         if wrong.numel():
             raise ValueError(f"indices: expected 0..{size - 1}, the elements of {tuple(shape)}, got {wrong[0].item()}")
     winner = last_writer(indices, size)
-    if values.shape[1] == 0:
-        filled = mean[:, None].repeat(1, size)
-    else:
-        filled = torch.where(winner >= 0, values.gather(1, winner.clamp(min=0)), mean[:, None])
-    return filled.reshape(batch, *shape)
+    candidates = torch.cat([_bits(values), _bits(mean)[:, None]], dim=1)  # the mean stands in the last column
+    filled = candidates.gather(1, torch.where(winner >= 0, winner, values.shape[1]))
+    return filled.view(values.dtype).reshape(batch, *shape)
 
 
 def last_writer(indices: Tensor, size: int) -> Tensor:
@@ -67,6 +65,15 @@ def last_writer(indices: Tensor, size: int) -> Tensor:
     order = torch.arange(m, device=indices.device).expand(batch, m)
     # A maximum does not depend on the order of writes, so duplicates are deterministic on every device.
     return torch.full((batch, size), -1, device=indices.device).scatter_reduce(1, indices, order, "amax")
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    # PyTorch's own gather normalises the NaNs of some types; integers go through it bit for bit.
+    return tensor.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
+
+
+def _pick(source: Tensor, indices: Tensor) -> Tensor:
+    return _bits(source).gather(1, indices).view(source.dtype)
 
 
 def _pairs(offsets: list[int]) -> list[tuple[int, int]]:

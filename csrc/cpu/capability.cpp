@@ -63,11 +63,6 @@ Capability detect() { return Capability::scalar; }
 
 #endif
 
-Capability machine() {
-  static const Capability level = detect();
-  return level;
-}
-
 Capability parse(std::string_view name, const char* source) {
   const auto found = std::find(kNames.begin(), kNames.end(), name);
   if (found == kNames.end()) {
@@ -79,14 +74,18 @@ Capability parse(std::string_view name, const char* source) {
   return static_cast<Capability>(found - kNames.begin());
 }
 
-Capability initial() {
-  const char* asked = std::getenv("CSIKERNELS_CPU_CAPABILITY");
-  if (asked == nullptr || *asked == '\0') return machine();
-  return std::min(machine(), parse(asked, "CSIKERNELS_CPU_CAPABILITY"));
+// The highest level of this process. Read once; an exception leaves it to be read again.
+Capability highest() {
+  static const Capability level = [] {
+    const char* asked = std::getenv("CSIKERNELS_CPU_CAPABILITY");
+    if (asked == nullptr || *asked == '\0') return detect();
+    return std::min(detect(), parse(asked, "CSIKERNELS_CPU_CAPABILITY"));
+  }();
+  return level;
 }
 
 std::atomic<Capability>& in_force() {
-  static std::atomic<Capability> level{initial()};
+  static std::atomic<Capability> level{highest()};
   return level;
 }
 
@@ -95,13 +94,13 @@ std::atomic<Capability>& in_force() {
 Capability capability() { return in_force().load(std::memory_order_relaxed); }
 
 void set_capability(std::string_view name) {
-  in_force().store(std::min(machine(), parse(name, "capability")), std::memory_order_relaxed);
+  in_force().store(std::min(highest(), parse(name, "capability")), std::memory_order_relaxed);
 }
 
 std::string_view capability_name(Capability level) { return kNames[static_cast<size_t>(level)]; }
 
-std::vector<std::string> machine_capabilities() {
-  return {kNames.begin(), kNames.begin() + static_cast<int>(machine()) + 1};
+std::vector<std::string> available_capabilities() {
+  return {kNames.begin(), kNames.begin() + static_cast<int>(highest()) + 1};
 }
 
 }  // namespace csikernels::cpu

@@ -20,12 +20,12 @@ enum class Capability : int {
 // Throws std::invalid_argument when that variable names no level.
 Capability capability();
 
-// Lowers the level in force for this process (for tests), or lifts it back up to what the machine has.
+// Lowers the level in force for this process (for tests), or lifts it again, to where it started at most.
 void set_capability(std::string_view name);
 
 std::string_view capability_name(Capability level);
 
-// The names of all levels that this machine has, lowest first.
-std::vector<std::string> machine_capabilities();
+// The names of all levels that set_capability can put in force, lowest first.
+std::vector<std::string> available_capabilities();
 
 }  // namespace csikernels::cpu
