@@ -6,12 +6,23 @@ Four op families, each with the same semantics on every backend (C++, CUDA, Trit
 
 from csikernels._dispatch import apply_environment_choice, backends, use_backend
 from csikernels._info import __version__, build_info
+from csikernels.ops.codebook import Codebook, codebook_argmax
+from csikernels.ops.nf4_lora import loftq_init, nf4_lora_linear, nf4_quantize
+from csikernels.ops.nf4_lora_module import NF4LoRALinear
+from csikernels.ops.nf4_lora_weight import NF4Weight
 from csikernels.ops.self_information import scatter_codeword, select_informative, self_information, top_m
 
 __all__ = [
+    "Codebook",
+    "NF4LoRALinear",
+    "NF4Weight",
     "__version__",
     "backends",
     "build_info",
+    "codebook_argmax",
+    "loftq_init",
+    "nf4_lora_linear",
+    "nf4_quantize",
     "scatter_codeword",
     "select_informative",
     "self_information",
