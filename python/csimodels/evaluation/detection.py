@@ -246,7 +246,7 @@ def _first_minimum(distance: Tensor) -> Tensor:
 
 
 def _bits_per_symbol(order: int) -> int:
-    if isinstance(order, bool) or order not in QAM_ORDERS:
+    if not isinstance(order, int) or order not in QAM_ORDERS:
         raise ValueError(f"order: expected one of {', '.join(map(str, QAM_ORDERS))}, got {order!r}")
     return order.bit_length() - 1
 
