@@ -1,0 +1,81 @@
+"""Figures of the experiments (PNG, no display needed). One function per kind of figure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib
+import torch
+
+from csimodels.files import atomic_path
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+Curve = tuple[Sequence[float], Sequence[float]]
+# Eight colours that stay apart for colour-blind readers (Okabe and Ito), with a marker each for print.
+_COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#CC79A7", "#E69F00", "#D55E00", "#000000", "#999999")
+_MARKERS = "osv^DPX*"
+
+
+def _save(figure: plt.Figure, path: Path) -> None:
+    figure.tight_layout()
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")
+    plt.close(figure)
+
+
+def line_figure(
+    path: Path, panels: Mapping[str, Mapping[str, Curve]], x_label: str, title: str, *, steps: bool = False
+) -> None:
+    """One panel per quantity, one line per label: ``panels[y_label][label] = (x, y)``; ``steps`` draws a CDF."""
+    figure, axes = plt.subplots(1, len(panels), figsize=(5.2 * len(panels) + 0.6, 4.2), squeeze=False)
+    for axis, (y_label, curves) in zip(axes[0], panels.items(), strict=True):
+        for index, (label, (x, y)) in enumerate(curves.items()):
+            colour, marker = _COLOURS[index % len(_COLOURS)], _MARKERS[index % len(_MARKERS)]
+            if steps:
+                axis.step(x, y, where="post", color=colour, label=label)
+            else:
+                axis.plot(x, y, color=colour, marker=marker, markersize=5, label=label)
+        axis.set_xlabel(x_label)
+        axis.set_ylabel(y_label)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    figure.suptitle(title)
+    _save(figure, path)
+
+
+def bar_figure(path: Path, groups: Mapping[str, Mapping[str, float]], y_label: str, title: str) -> None:
+    """Grouped bars: ``groups[label][group] = value``, one colour per label."""
+    names = list(next(iter(groups.values())))
+    figure, axis = plt.subplots(figsize=(1.6 + 1.5 * len(names), 4.4))
+    width = 0.85 / len(groups)
+    for index, (label, values) in enumerate(groups.items()):
+        positions = [place - 0.425 + width * (index + 0.5) for place in range(len(names))]
+        axis.bar(positions, [values[name] for name in names], width, label=label, color=_COLOURS[index % len(_COLOURS)])
+    axis.set_xticks(range(len(names)), names)
+    axis.set_ylabel(y_label)
+    axis.grid(axis="y", alpha=0.3)
+    axis.set_axisbelow(True)
+    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    axis.set_title(title)
+    _save(figure, path)
+
+
+def heat_maps(path: Path, images: Mapping[str, torch.Tensor], title: str) -> None:
+    """``|H|`` side by side on one colour scale; each image complex ``[antenna, subcarrier]``."""
+    magnitudes = {label: image.abs().cpu() for label, image in images.items()}
+    top = max(float(magnitude.max()) for magnitude in magnitudes.values())
+    figure, axes = plt.subplots(1, len(images), figsize=(3.1 * len(images) + 0.8, 3.5), squeeze=False, sharey=True)
+    for axis, (label, magnitude) in zip(axes[0], magnitudes.items(), strict=True):
+        drawn = axis.imshow(magnitude, aspect="auto", origin="lower", vmin=0, vmax=top, cmap="viridis")
+        axis.set_title(label, fontsize=10)
+        axis.set_xlabel("subcarrier")
+    axes[0][0].set_ylabel("antenna")
+    figure.suptitle(title)
+    figure.tight_layout()
+    figure.colorbar(drawn, ax=axes[0].tolist(), label="|H|")
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")
+    plt.close(figure)

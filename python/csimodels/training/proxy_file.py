@@ -1,0 +1,65 @@
+"""Adapted small models on disk: the proxy SAM, its alpha, and the LMMSE estimator where it starts from that."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import Any
+
+from csimodels import __version__
+from csimodels.evaluation.lmmse import LinearMmse
+from csimodels.files import load_tensors, save_tensors
+from csimodels.models.channel_transformer import ChannelTransformer, TransformerConfig
+from csimodels.models.lasco import Proxy, ProxyConfig
+from csimodels.models.projection import CodecConfig
+
+_FORMAT = "csimodels.proxy"
+
+
+def save_proxy(
+    path: str | os.PathLike,
+    proxy: Proxy,
+    codec: CodecConfig,
+    *,
+    lmmse: LinearMmse | None = None,
+    extra: dict[str, Any] | None = None,
+) -> None:
+    """Write one environment's proxy atomically; ``lmmse`` if the networks start from its estimate."""
+    tensors = {f"proxy.{name}": tensor for name, tensor in proxy.state_dict().items()}
+    metadata = {
+        "format": _FORMAT,
+        "version": __version__,
+        "config": dataclasses.asdict(proxy.sam.config),
+        "proxy": dataclasses.asdict(proxy.config),
+        "codec": dataclasses.asdict(codec),
+        "rank": None if lmmse is None else lmmse.rank,
+        "extra": extra or {},
+    }
+    if lmmse is not None:
+        tensors |= {f"lmmse.{name}": getattr(lmmse, name) for name in ("mean", "gain", "codeword_mean")}
+    save_tensors(path, tensors, metadata)
+
+
+def load_proxy(path: str | os.PathLike, *, codec: CodecConfig) -> tuple[Proxy, LinearMmse | None, dict[str, Any]]:
+    """Read what :func:`save_proxy` wrote: the proxy in eval mode, the estimator or None, the extra metadata.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a proxy file, or made for another codec than ``codec``; the message names both.
+    """
+    tensors, metadata = load_tensors(path)
+    if metadata.get("format") != _FORMAT:
+        raise ValueError(f"{path}: not an adapted proxy (its metadata has no format {_FORMAT!r})")
+    stored = CodecConfig(**metadata["codec"])
+    if stored != codec:
+        raise ValueError(f"{path}: adapted for {stored}, the base model is for {codec}")
+    proxy = Proxy(ProxyConfig(**metadata["proxy"]), ChannelTransformer(TransformerConfig(**metadata["config"])))
+    try:
+        proxy.load_state_dict({n.removeprefix("proxy."): t for n, t in tensors.items() if n.startswith("proxy.")})
+    except RuntimeError as error:
+        raise ValueError(f"{path}: its weights do not fit its own configuration: {error}") from None
+    lmmse = None
+    if metadata["rank"] is not None:
+        mean, gain, codeword_mean = (tensors[f"lmmse.{name}"] for name in ("mean", "gain", "codeword_mean"))
+        lmmse = LinearMmse(mean, gain, codeword_mean, metadata["rank"])
+    return proxy.eval(), lmmse, metadata["extra"]
