@@ -65,6 +65,17 @@ def compiler_problem() -> str | None:
     return None
 
 
+def find_cuda_home() -> str | None:
+    """The toolkit's folder. nvcc itself says where it lies; the nvcc on PATH may be a wrapper in another folder."""
+    if os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH"):
+        return os.environ.get("CUDA_HOME") or os.environ["CUDA_PATH"]
+    if shutil.which("nvcc") is None:
+        return "/usr/local/cuda" if Path("/usr/local/cuda/bin/nvcc").exists() else None
+    report = subprocess.run(["nvcc", "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+    found = re.search(r"^#\$ TOP=(.+)$", report, re.MULTILINE)
+    return str(Path(found.group(1)).resolve()) if found else None
+
+
 def cuda_problem(torch: ModuleType, cuda_home: str | None) -> str | None:
     """Why CUDA cannot be built here, or None. A GPU is not needed."""
     if torch.version.cuda is None:
@@ -107,9 +118,11 @@ def extension_arguments() -> dict:
         record["reason"] = problem
         return {}
 
-    from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
+    cuda_home = find_cuda_home()
+    os.environ["CUDA_HOME"] = cuda_home or ""  # read by torch's module as it is imported
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
-    record.update(cpp=True, torch=torch.__version__, cuda=wants_cuda(torch, CUDA_HOME))
+    record.update(cpp=True, torch=torch.__version__, cuda=wants_cuda(torch, cuda_home))
     flags, macros = {"cxx": CXX_FLAGS}, [("PY_SSIZE_T_CLEAN", None)]
     if record["cuda"]:
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHS)

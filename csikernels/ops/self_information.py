@@ -193,12 +193,14 @@ def _keep_selection(ctx, inputs, output):
 
 
 def _top_m_backward(ctx, grad_values, _grad_indices):
-    grad = _spread(grad_values, *ctx.saved_tensors, ctx.shape)
+    (indices,) = ctx.saved_tensors
+    grad = _spread(grad_values, indices, ctx.shape)
     return (None, None, grad) if ctx.source_given else (grad, None, None)
 
 
 def _select_backward(ctx, grad_values, _grad_indices):
-    grad = _spread(grad_values, *ctx.saved_tensors, ctx.shape)
+    (indices,) = ctx.saved_tensors
+    grad = _spread(grad_values, indices, ctx.shape)
     return (None, None, None, None, grad) if ctx.source_given else (grad, None, None, None, None)
 
 
@@ -271,7 +273,7 @@ def _flat_offsets(radius: int, offsets: Sequence[tuple[int, int]] | None) -> lis
             raise ValueError(f"radius: expected at least 1, got {radius}")
         steps = (-int(radius), 0, int(radius))
         return [step for row in steps for column in steps for step in (row, column)]
-    flat = []
+    flat: list[int] = []
     for offset in offsets:
         if len(offset) != 2:
             raise ValueError(f"offsets: expected pairs (row, column), got {offset!r}")

@@ -1,0 +1,60 @@
+# make install        a virtual environment in .venv with everything for development
+# make demo           the main job on unseen environments, with table and figures
+# make demo-checkpoints  the demo's pre-trained models, from a fixed seed (about an hour)
+# make test | bench | lint
+# make cuda-check     build against a CUDA build of torch and list the architectures (no GPU needed)
+# make gpu-report     all tests and benches on a GPU, as one Markdown file
+
+VENV ?= .venv
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+TORCH_CUDA ?= torch==2.14.1
+BENCH_JSON ?= runs/bench.json
+ASSETS := python/csimodels/assets/lasco
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+CPP_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
+
+.PHONY: install demo demo-checkpoints test bench lint cuda-check gpu-report
+
+install: $(STAMP)
+
+# Python sources need no new installation (it is editable); what setup.py reads does.
+$(STAMP): pyproject.toml setup.py $(CPP_FILES)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet "$(TORCH)" "setuptools>=77" ninja
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[dev]"
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/csimodels demo
+
+demo-checkpoints: $(STAMP)
+	$(BIN)/csimodels pretrain --model base --preset laptop --out runs/checkpoints/base
+	$(BIN)/csimodels pretrain --model reference --preset laptop --out runs/checkpoints/reference
+	mkdir -p $(ASSETS)
+	for model in base reference; do \
+		cp runs/checkpoints/$$model/model.safetensors $(ASSETS)/$$model.safetensors && \
+		cp runs/checkpoints/$$model/log.json $(ASSETS)/$$model.json || exit 1; \
+	done
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -q -m "not slow"
+
+bench: $(STAMP)
+	@mkdir -p $(dir $(BENCH_JSON))
+	$(BIN)/python -m pytest benches -q --benchmark-only --benchmark-group-by=group \
+		--benchmark-columns=median,iqr,rounds --benchmark-json=$(BENCH_JSON)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CPP_FILES)
+	$(BIN)/mypy
+
+cuda-check:
+	TORCH_CUDA="$(TORCH_CUDA)" PYTHON="$(PYTHON)" bash .ci/cuda-check
+
+gpu-report: $(STAMP)
+	$(BIN)/python benches/gpu_report.py

@@ -1,0 +1,141 @@
+"""Run all tests and benches on this machine's GPU and write one Markdown file under benches/results/.
+
+Usage: ``python benches/gpu_report.py [--output FILE]``. Exits with 1 and a message where there is no GPU, and with 1
+after writing the report when a test or a bench failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import xml.etree.ElementTree as ET
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+import csikernels
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run_pytest(arguments: list[str], report: Path) -> int:
+    """Run pytest in the source tree, its output shown as it comes, and leave a JUnit file at ``report``."""
+    command = [sys.executable, "-m", "pytest", "-q", f"--junitxml={report}", *arguments]
+    return subprocess.run(command, cwd=ROOT).returncode
+
+
+def summarise_tests(report: Path) -> tuple[str, list[str]]:
+    """A JUnit file -> one line of counts, and a line for each test that failed or was skipped."""
+    counts: dict[str, int] = defaultdict(int)
+    notes = []
+    for case in ET.parse(report).getroot().iter("testcase"):
+        outcome, detail = "passed", None
+        for child in case:
+            if child.tag in ("failure", "error", "skipped"):
+                outcome = {"failure": "failed"}.get(child.tag, child.tag)
+                detail = (child.get("message") or "").strip().splitlines()
+        counts[outcome] += 1
+        if detail is not None:
+            notes.append(f"{outcome}: `{case.get('classname')}::{case.get('name')}`: {detail[0] if detail else ''}")
+    line = ", ".join(f"{counts[key]} {key}" for key in ("passed", "failed", "error", "skipped") if counts[key])
+    return line or "no test ran", sorted(notes)
+
+
+def bench_tables(results: dict) -> str:
+    """pytest-benchmark's JSON -> one Markdown table per group, fastest first."""
+    groups = defaultdict(list)
+    for bench in results["benchmarks"]:
+        groups[bench["group"] or "other"].append(bench)
+    parts = []
+    for group, benches in sorted(groups.items()):
+        benches.sort(key=lambda bench: bench["stats"]["median"])
+        fastest = benches[0]["stats"]["median"]
+        rows = [
+            f"| {bench['name']} | {_microseconds(bench['stats']['median'])} | {_microseconds(bench['stats']['iqr'])} "
+            f"| {bench['stats']['rounds']} | {bench['stats']['median'] / fastest:.2f} |"
+            for bench in benches
+        ]
+        head = ["| bench | median us | IQR us | rounds | time / fastest |", "| --- | ---: | ---: | ---: | ---: |"]
+        parts.append("\n".join([f"### {group}", "", *head, *rows]))
+    return "\n\n".join(parts) or "No bench ran."
+
+
+def _microseconds(seconds: float) -> str:
+    return f"{seconds * 1e6:,.1f}"
+
+
+def machine_table() -> str:
+    """What the numbers depend on: GPU, driver, versions, commit."""
+    properties = torch.cuda.get_device_properties(0)
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    info = csikernels.build_info()
+    rows = {
+        "GPU": f"{torch.cuda.device_count()} x {properties.name}, {properties.total_memory / 2**30:.0f} GiB",
+        "compute capability": f"{properties.major}.{properties.minor}, {properties.multi_processor_count} SMs",
+        "driver": next(iter(_output(query).splitlines()), "unknown"),
+        "torch": f"{torch.__version__} (CUDA {torch.version.cuda})",
+        "csikernels": f"{info['version']} at {commit()}",
+        "extension": f"CUDA {info['cuda']}: {', '.join(info['cuda_archs'])}"
+        if info["cuda"]
+        else f"{info['cuda_reason']}",
+        "triton": info["triton"] or "not installed",
+        "CPU capability": info["cpu_capability"] or "no extension",
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+    }
+    return "\n".join(["| | |", "| --- | --- |", *(f"| {key} | {value} |" for key, value in rows.items())])
+
+
+def commit() -> str:
+    """The short commit, with a mark when tracked files differ from it."""
+    name = _output(["git", "rev-parse", "--short", "HEAD"]).strip() or "an unknown commit"
+    return name + (" with local changes" if _output(["git", "status", "--porcelain", "--untracked-files=no"]) else "")
+
+
+def _output(command: list[str]) -> str:
+    try:
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
+    except FileNotFoundError:
+        return ""
+
+
+def render(machine: str, sections: Iterable[tuple[str, str, list[str]]], benches: str) -> str:
+    """The report; ``sections`` are (title, line of counts, notes)."""
+    parts = ["# GPU report", machine]
+    for title, line, notes in sections:
+        parts.append("\n".join([f"## {title}", "", line, *(["", *(f"- {note}" for note in notes)] if notes else [])]))
+    parts.append(f"## Timings\n\nMedians; a group holds one op at one size with its peers.\n\n{benches}")
+    return "\n\n".join(parts) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, help="the Markdown file (default: named after the GPU and the commit)")
+    output = parser.parse_args().output
+    if not torch.cuda.is_available():
+        why = "this torch is a CPU build" if torch.version.cuda is None else "torch sees no CUDA device"
+        print(f"gpu-report: nothing was run: {why} (torch {torch.__version__})", file=sys.stderr)
+        return 1
+    with tempfile.TemporaryDirectory() as folder:
+        tests, benches, timings = (Path(folder, name) for name in ("tests.xml", "benches.xml", "timings.json"))
+        failed = run_pytest(["tests"], tests)
+        failed |= run_pytest(["benches", "--benchmark-only", f"--benchmark-json={timings}"], benches)
+        sections = [("Tests", *summarise_tests(tests)), ("Benches", *summarise_tests(benches))]
+        results = json.loads(timings.read_text()) if timings.exists() and timings.stat().st_size else {"benchmarks": []}
+    if output is None:
+        gpu = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(0).lower()).strip("-")
+        output = ROOT / "benches" / "results" / f"{gpu}-{commit().split()[0]}.md"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(render(machine_table(), sections, bench_tables(results)))
+    print(f"gpu-report: wrote {output}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
