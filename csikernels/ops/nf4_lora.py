@@ -188,18 +188,19 @@ def loftq_init(weight, rank: int, *, iterations: int = 5, block_size: int = 64):
 
 
 def _loftq(weight: torch.Tensor, rank: int, iterations: int, block_size: int):
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    dense = weight.to(wide)
+    kept = torch.promote_types(weight.dtype, torch.float32)
+    # float64 throughout, so that the codes do not hang on the last bits of a float32 decomposition.
+    dense = weight.to(torch.float64)
     target, best, smallest = dense, None, math.inf
     for _ in range(iterations):
         # The original's dtype is recorded, not that of the residual.
         packed, absmax = torch.ops.csikernels.nf4_quantize(target, block_size)
         quantised = NF4Weight(packed, absmax, weight.shape, block_size, weight.dtype)
-        residual = dense - quantised.dequantize(wide)
+        residual = dense - quantised.dequantize(torch.float64)
         u, s, v = torch.linalg.svd(residual, full_matrices=False)
         root = s[:rank].sqrt()
-        lora_a, lora_b = root[:, None] * v[:rank], u[:, :rank] * root
-        low_rank = lora_b @ lora_a
+        lora_a, lora_b = (root[:, None] * v[:rank]).to(kept), (u[:, :rank] * root).to(kept)
+        low_rank = lora_b.to(torch.float64) @ lora_a.to(torch.float64)
         norm = float(torch.linalg.matrix_norm(residual - low_rank))
         if norm < smallest:
             best, smallest = (quantised, lora_a, lora_b), norm

@@ -74,11 +74,11 @@ class NF4LoRALinear(nn.Module):
             ValueError: ``rank`` is out of range, both ``scaling`` and ``alpha`` are given, or the weight is not finite.
         """
         _check_linear_module(linear)
+        adapter = _fresh_adapter(linear.weight, rank)
         if alpha is not None:
             if scaling != 1.0:
                 raise ValueError(f"alpha: expected none beside scaling={scaling}, got {alpha}")
             scaling = alpha / rank
-        adapter = _fresh_adapter(linear.weight, rank)
         return cls._from_parts(nf4_quantize(linear.weight, block_size), *adapter, scaling, linear.bias)
 
     @classmethod
@@ -181,10 +181,10 @@ class NF4LoRALinear(nn.Module):
         """
         version, *sizes, code, scaling = state.tolist()
         expected = [self.out_features, self.in_features, self.block_size]
-        if version != _FORMAT or sizes != expected:
+        if version != _FORMAT or sizes != expected or not 0 <= code < len(DTYPES):
             raise ValueError(
                 f"state dict: expected format {_FORMAT} with out_features, in_features, block_size = {expected}, "
-                f"got format {version:g} with {[int(size) for size in sizes]}"
+                f"got format {version:g} with {[int(size) for size in sizes]} and dtype code {code:g}"
             )
         self.weight_dtype, self.scaling = DTYPES[int(code)], scaling
 

@@ -4,6 +4,9 @@ NF4 (QLoRA, Dettmers et al.) stores the flattened row-major weight in blocks. Ea
 (absmax, float32) and, per element, the index of the nearest of 16 fixed levels in [-1, 1]; two indices share a byte,
 the first in the high nibble. The arithmetic follows bitsandbytes' CPU implementation operation by operation, because
 a product instead of a quotient, or a midpoint rounded elsewhere, flips codes at the decision thresholds.
+
+On the CPU the layer's products are summed in float64 and rounded once: how MKL sums float32 depends on the number of
+threads, which shows in the last bits, while results here must not depend on it.
 """
 
 from __future__ import annotations
@@ -107,7 +110,7 @@ def linear(
     scaling: float,
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    """``x W^T + scaling (x A^T) B^T + bias``, computed in float32 or wider and rounded once to the dtype of ``x``.
+    """``x W^T + scaling (x A^T) B^T + bias``, rounded once to the dtype of ``x``.
 
     Args:
         x: floating [..., K].
@@ -117,7 +120,7 @@ def linear(
     Returns:
         [..., N].
     """
-    dtype = _compute_dtype(x, lora_a, lora_b, bias)
+    dtype = _product_dtype(x, lora_a, lora_b, bias)
     n, k = lora_b.shape[0], x.shape[-1]
     with torch.autocast(x.device.type, enabled=False):  # it reaches into ops and would compute in bfloat16
         rows = x.reshape(-1, k).to(dtype)
@@ -145,10 +148,10 @@ def linear_backward(
         grad: [..., N], gradient of the output.
         output_mask: which of the four are wanted; the others are returned empty.
     """
-    dtype = _compute_dtype(grad, x, lora_a, lora_b)
+    dtype = _product_dtype(grad, x, lora_a, lora_b)
     n, k = lora_b.shape[0], x.shape[-1]
     wants_x, wants_a, wants_b, wants_bias = output_mask
-    grad_x, grad_a, grad_b, grad_bias = x.new_empty(0), lora_a.new_empty(0), lora_b.new_empty(0), None
+    grad_x, grad_a, grad_b = x.new_empty(0), lora_a.new_empty(0), lora_b.new_empty(0)
     with torch.autocast(x.device.type, enabled=False):
         out, rows = grad.reshape(-1, n).to(dtype), x.reshape(-1, k).to(dtype)
         a, b = lora_a.to(dtype), lora_b.to(dtype)
@@ -161,10 +164,15 @@ def linear_backward(
         if wants_b:
             grad_b = (out.T @ (rows @ a.T)).mul_(scaling).to(lora_b.dtype)
         grad_bias = out.sum(dim=0) if wants_bias else out.new_empty(0)
-    return grad_x, grad_a, grad_b, grad_bias
+    return grad_x, grad_a, grad_b, grad_bias.to(_wide_dtype(grad, x, lora_a, lora_b))
 
 
-def _compute_dtype(*tensors: torch.Tensor | None) -> torch.dtype:
+def _product_dtype(x: torch.Tensor, *others: torch.Tensor | None) -> torch.dtype:
+    return torch.float64 if x.device.type == "cpu" else _wide_dtype(x, *others)
+
+
+def _wide_dtype(*tensors: torch.Tensor | None) -> torch.dtype:
+    """float32, or float64 where one of the tensors is."""
     dtype = torch.float32
     for tensor in tensors:
         if tensor is not None:
