@@ -14,7 +14,7 @@ import torch
 
 from csimodels.channels.disc import CellConfig, DiscEnvironment, RaySet, unit_vectors
 
-__all__ = ["CellConfig", "Environment", "Statistics", "umi_statistics"]
+__all__ = ["CellConfig", "Environment", "Statistics", "sub_cluster_delays", "umi_statistics"]
 
 # 38.901, Table 7.5-3: ray offsets within a cluster of 1 degree rms, used with both signs.
 _RAY_OFFSETS = np.array([0.0447, 0.1413, 0.2492, 0.3715, 0.5129, 0.6797, 0.8844, 1.1481, 1.5195, 2.1551])
@@ -23,9 +23,14 @@ _RAY_OFFSETS = np.stack([_RAY_OFFSETS, -_RAY_OFFSETS], axis=1).reshape(-1)
 _SUB_CLUSTER = np.zeros(20, dtype=int)
 _SUB_CLUSTER[[8, 9, 10, 11, 16, 17]] = 1
 _SUB_CLUSTER[[12, 13, 14, 15]] = 2
-_SUB_CLUSTER_DELAY = np.array([0.0, 1.28, 2.56])
+_SUB_CLUSTER_DELAY = np.array([0.0, 1.28, 2.56])  # in cluster delay spreads
 _AZIMUTH_SCALING = {12: 1.146, 19: 1.273}  # Table 7.5-2
 _ZENITH_SCALING = {12: 1.104, 19: 1.184}  # Table 7.5-4
+
+
+def sub_cluster_delays(cluster_delay: float) -> np.ndarray:
+    """What the 20 rays of a strong cluster arrive after its first, seconds ``[20]`` (38.901, eq. 7.5-26)."""
+    return _SUB_CLUSTER_DELAY[_SUB_CLUSTER] * cluster_delay
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,7 +176,7 @@ class Environment(DiscEnvironment):
         rays = len(_RAY_OFFSETS)
         ray_delay = np.repeat(delay[:, None], rays, axis=1)
         for strongest in np.argsort(ranking)[-2:]:
-            ray_delay[strongest] += _SUB_CLUSTER_DELAY[_SUB_CLUSTER] * s.cluster_delay
+            ray_delay[strongest] += sub_cluster_delays(s.cluster_delay)
         phase = rng.uniform(-math.pi, math.pi, (len(power), rays))
         gain = np.sqrt(power / rays)[:, None] * np.exp(1j * phase)
         linear = 10 ** (spread["rician_db"] / 10) if self.los else 0.0
