@@ -14,7 +14,9 @@ class EnvironmentSource:
     """``per_environment`` positions in each environment, pooled; every epoch draws new positions.
 
     Args:
-        config: the cell. seed: of the cell. environments: indices, from 1. per_environment: positions per epoch in each.
+        config, seed: the cell and its seed.
+        environments: their indices, from 1.
+        per_environment: positions per epoch in each.
     """
 
     def __init__(self, config: CellConfig, seed: int, environments: Iterable[int], per_environment: int):

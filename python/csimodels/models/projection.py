@@ -20,7 +20,11 @@ def to_tokens(h: torch.Tensor) -> torch.Tensor:
 
 
 def from_tokens(tokens: torch.Tensor) -> torch.Tensor:
-    """Inverse of :func:`to_tokens`."""
+    """Inverse of :func:`to_tokens`: real ``[..., subcarrier, 2 * antenna]`` to complex."""
+    if tokens.ndim < 2 or tokens.shape[-1] % 2:
+        raise ValueError(f"tokens: expected shape [..., subcarrier, 2 * antenna], got {tuple(tokens.shape)}")
+    if not tokens.is_floating_point():
+        raise TypeError(f"tokens: expected a real floating-point tensor, got {tokens.dtype}")
     real, imaginary = tokens.chunk(2, dim=-1)
     return torch.complex(real, imaginary).mT
 
@@ -54,13 +58,18 @@ class CodecConfig:
         """Real numbers in one sample, ``2 Nt Nc``."""
         return 2 * self.antennas * self.subcarriers
 
+    @property
+    def compression(self) -> float:
+        """The compression ratio ``2 Nt Nc / M`` (LASCO, eq. 10)."""
+        return self.reals / self.codeword_length
+
 
 class RandomProjectionCodec:
     """The UE's encoder ``s = A vec(H)`` and the BS's first estimate ``H_in = A^+ s`` (LASCO, eqs. 9 and 11).
 
     ``A`` has independent Gaussian entries of variance 1/M. Networks work in *network units*: tokens scaled so that a
-    sample of power ``Nt * Nc`` has unit variance per real, and ``H_in`` scaled by a further ``sqrt(2 Nt Nc / M)``, which
-    gives back the energy that the projection onto M dimensions removes.
+    sample of power ``Nt * Nc`` has unit variance per real, and ``H_in`` scaled by a further ``sqrt(2 Nt Nc / M)``,
+    which gives back the energy that the projection onto M dimensions removes.
 
     Attributes:
         projection: float32 ``[M, 2 Nt Nc]``. pseudo_inverse: float32 ``[2 Nt Nc, M]`` (computed in float64).
@@ -97,9 +106,11 @@ class RandomProjectionCodec:
     def initial(self, codeword: torch.Tensor) -> torch.Tensor:
         """Codeword ``[batch, M]`` -> ``H_in`` in network units, float32 ``[batch, subcarriers, 2 * antennas]``."""
         m = self.config.codeword_length
+        if not codeword.is_floating_point():
+            raise TypeError(f"codeword: expected a real floating-point tensor, got {codeword.dtype}")
         if codeword.ndim != 2 or codeword.shape[1] != m:
             raise ValueError(f"codeword: expected shape [batch, {m}], got {tuple(codeword.shape)}")
-        return (codeword @ self.pseudo_inverse.T).unflatten(1, self.token_shape) * self.input_scale
+        return (codeword.float() @ self.pseudo_inverse.T).unflatten(1, self.token_shape) * self.input_scale
 
     def target(self, h: torch.Tensor) -> torch.Tensor:
         """``H`` in network units: what a network's output is compared with."""

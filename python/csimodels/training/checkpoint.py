@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -14,6 +14,7 @@ from csimodels.models.channel_transformer import ChannelTransformer, Transformer
 from csimodels.models.projection import CodecConfig
 
 _FORMAT = "csimodels.checkpoint"
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def save_checkpoint(
@@ -51,9 +52,17 @@ def load_checkpoint(
     tensors, metadata = load_tensors(path)
     if metadata.get("format") != _FORMAT:
         raise ValueError(f"{path}: not a csimodels checkpoint (its metadata has no format {_FORMAT!r})")
-    if metadata["architecture"] != ChannelTransformer.__name__:
-        raise ValueError(f"{path}: expected architecture ChannelTransformer, the file holds {metadata['architecture']}")
-    config, stored_codec = TransformerConfig(**metadata["config"]), CodecConfig(**metadata["codec"])
+    if metadata.get("architecture") != ChannelTransformer.__name__:
+        raise ValueError(
+            f"{path}: expected architecture ChannelTransformer, the file holds {metadata.get('architecture')}"
+        )
+    try:
+        config, stored_codec = TransformerConfig(**metadata["config"]), CodecConfig(**metadata["codec"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path}: written by csimodels {metadata.get('version')}, {__version__} does not know its configuration "
+            f"({error})"
+        ) from None
     if expected is not None and config != expected:
         raise ValueError(f"{path}: expected architecture {expected}, the file holds {config}")
     if codec is not None and stored_codec != codec:
@@ -63,9 +72,9 @@ def load_checkpoint(
         model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
     except RuntimeError as error:
         raise ValueError(f"{path}: its weights do not fit its own configuration: {error}") from None
-    return model.eval(), stored_codec, metadata["extra"]
+    return model.eval(), stored_codec, metadata.get("extra", {})
 
 
-def freeze(model: nn.Module) -> nn.Module:
+def freeze(model: Model) -> Model:
     """Switch ``model`` to inference for good: eval mode, no gradients."""
     return model.eval().requires_grad_(False)

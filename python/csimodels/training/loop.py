@@ -1,13 +1,16 @@
 """The training loop shared by every model: accelerate for devices and processes, exact resume after a kill.
 
 The run is a pure function of its configuration and data: batch order comes from ``(seed, epoch)``, the learning rate
-from the step. The state is written every ``save_every`` steps under a temporary name and renamed, so a killed run starts
-again from the last whole state and ends with the weights that an unbroken run would have had.
+from the step. The state is written every ``save_every`` steps under a temporary name and renamed, so a killed run
+starts again from the last whole state and ends with the weights that an unbroken run would have had.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
+import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +18,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from csimodels.files import load_tensors, save_tensors
@@ -58,9 +62,16 @@ class TrainConfig:
             raise ValueError(f"schedule: expected 'cosine' or 'constant', got {self.schedule!r}")
         if self.mixed_precision not in ("auto", "bf16", "no"):
             raise ValueError(f"mixed_precision: expected 'auto', 'bf16' or 'no', got {self.mixed_precision!r}")
-        for name in ("epochs", "batch_size", "save_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        for name in ("epochs", "batch_size", "save_every", "patience"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: expected at least 1, got {value}")
+        for name in ("learning_rate", "final_learning_rate", "weight_decay"):
+            value = getattr(self, name)
+            if not (value >= 0 and math.isfinite(value)):
+                raise ValueError(f"{name}: expected a finite number from 0, got {value}")
+        if not 0 <= self.warmup_fraction <= 1:
+            raise ValueError(f"warmup_fraction: expected 0 to 1, got {self.warmup_fraction}")
 
 
 @dataclasses.dataclass
@@ -83,12 +94,25 @@ def supports_bf16(device: torch.device) -> bool:
 
 
 def make_accelerator(config: TrainConfig, *, cpu: bool = False) -> Accelerator:
-    """An ``Accelerator`` for ``config``; under ``accelerate launch`` or ``torchrun`` it joins the process group."""
+    """An ``Accelerator`` for ``config``; under ``accelerate launch`` or ``torchrun`` it joins the process group.
+
+    Raises:
+        RuntimeError: the launcher started several processes, but they could not be joined.
+    """
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    # Without this, accelerate leaves each of several processes on a machine without accelerators to itself.
+    cpu = cpu or (launched > 1 and not torch.accelerator.is_available())
     precision = config.mixed_precision
     if precision == "auto":
         device = torch.device("cuda" if torch.cuda.is_available() and not cpu else "cpu")
         precision = "bf16" if supports_bf16(device) else "no"
-    return Accelerator(mixed_precision=precision, cpu=cpu)
+    accelerator = Accelerator(mixed_precision=precision, cpu=cpu)
+    if accelerator.num_processes < launched:
+        raise RuntimeError(
+            f"WORLD_SIZE is {launched}, but {accelerator.num_processes} joined: create the accelerator before anything "
+            "else uses accelerate, and on a CPU-only machine start the processes with torchrun"
+        )
+    return accelerator
 
 
 @dataclasses.dataclass
@@ -111,12 +135,17 @@ class Trainer:
         config: how to optimise.
         data: epoch -> tensors with a common first dimension (the same ones each time, or a fresh draw).
         loss: ``loss(model, batch)`` -> scalar mean over the batch. It must call ``model`` itself, not its parts, so
-            that gradients are averaged over processes.
-        validate: ``validate(model)`` -> float, smaller is better; called on every process after each epoch.
-        run_dir: where the state lies; None keeps nothing and cannot resume.
+            that gradients are averaged over processes. Random draws in it are not repeated when a run resumes.
+        validate: ``validate(model)`` -> finite float, smaller is better; called on every process after each epoch, and
+            the main process's value decides.
+        run_dir: where the state lies, a folder that all processes see; None keeps nothing and cannot resume.
         fingerprint: JSON-serialisable description of the run. A state of another fingerprint is refused.
         groups: AdamW parameter groups, each with an optional ``lr_scale``; default: all parameters.
         on_step: called as ``on_step(step, total_steps, loss)`` on the main process.
+
+    Raises:
+        ValueError: a state in ``run_dir`` that is not whole or belongs to another run; a batch smaller than the number
+            of processes.
     """
 
     def __init__(
@@ -135,8 +164,14 @@ class Trainer:
     ):
         self.config, self.data, self.loss, self.validate = config, data, loss, validate
         self.accelerator, self.run_dir, self.on_step = accelerator, run_dir, on_step
-        self.fingerprint = {"train": dataclasses.asdict(config), **(fingerprint or {})}
-        groups = groups or [{"params": list(model.parameters())}]
+        if config.batch_size < accelerator.num_processes:
+            raise ValueError(
+                f"batch_size: expected at least one sample for each of {accelerator.num_processes} processes, "
+                f"got {config.batch_size}"
+            )
+        # Through JSON, as in the state file, where tuples become lists.
+        self.fingerprint = json.loads(json.dumps({"train": dataclasses.asdict(config), **(fingerprint or {})}))
+        groups = [dict(group) for group in groups or [{"params": list(model.parameters())}]]
         self._scales = [group.pop("lr_scale", 1.0) for group in groups]
         optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=config.weight_decay)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
@@ -144,15 +179,24 @@ class Trainer:
         self._best = {name: tensor.clone() for name, tensor in self._module.state_dict().items()}
         self._state = _State()
         self._resumed = self._restore()
+        self._check_same_start()
 
     def fit(self) -> TrainResult:
-        """Run to the end (or on from the last state) and leave the best weights in the model."""
+        """Run to the end (or on from the last state) and leave the best weights in the model.
+
+        Raises:
+            ValueError: the data does not fill a batch, or its tensors differ in length.
+            FloatingPointError: the training loss or the validation value became infinite or NaN.
+            OSError: the state could not be written; the last one stays.
+        """
         config, state = self.config, self._state
         if not self._resumed and config.initial_candidate:
             self._consider(epoch=0)
         while state.epoch < config.epochs and not self._out_of_patience():
             self._run_epoch()
         self._module.load_state_dict(self._best)
+        self.model.eval()
+        self.accelerator.free_memory()  # it keeps every model and optimiser that it prepared
         return TrainResult(
             state.best_validation, state.best_epoch, state.epoch, state.step, state.history, state.seconds
         )
@@ -165,6 +209,8 @@ class Trainer:
         state, config = self._state, self.config
         tensors = self.data(state.epoch)
         size = len(tensors[0])
+        if any(len(tensor) != size for tensor in tensors):
+            raise ValueError(f"data: expected tensors of one length, got {[len(tensor) for tensor in tensors]}")
         steps = size // config.batch_size
         if steps == 0:
             raise ValueError(f"data: expected at least one batch of {config.batch_size} samples, got {size}")
@@ -195,7 +241,7 @@ class Trainer:
 
     def _step(self, tensors: Batch, index: torch.Tensor, total: int) -> float:
         state, accelerator = self._state, self.accelerator
-        # Every process takes its share of the global batch: the mean of their gradients is the one-process gradient.
+        # Every process takes its share of the global batch; the mean of their gradients is the one-process gradient.
         share = index[accelerator.process_index :: accelerator.num_processes]
         batch = [tensor[share].to(accelerator.device) for tensor in tensors]
         rate = self._learning_rate(state.step, total)
@@ -203,11 +249,14 @@ class Trainer:
             group["lr"] = rate * scale
         with accelerator.autocast():
             loss = self.loss(self.model, batch)
+        if len(share) * accelerator.num_processes != len(index):
+            # Shares of unequal size: the plain mean over processes would favour the samples of the smaller ones.
+            loss = loss * (len(share) * accelerator.num_processes / len(index))
         accelerator.backward(loss)
         self.optimizer.step()
         self.optimizer.zero_grad()
         value = accelerator.reduce(loss.detach(), "mean").item()
-        if not torch.isfinite(torch.tensor(value)):
+        if not math.isfinite(value):
             raise FloatingPointError(f"training loss became {value} at step {state.step}; lower the learning rate")
         state.step += 1
         state.step_in_epoch += 1
@@ -231,7 +280,11 @@ class Trainer:
         """Validate; keep the weights if they are the best so far."""
         self.model.eval()
         with torch.inference_mode():
-            value = self.validate(self._module)
+            value = float(self.validate(self._module))
+        # One value for all: processes that rounded differently could part over when to stop and wait for ever.
+        (value,) = broadcast_object_list([value])
+        if not math.isfinite(value):
+            raise FloatingPointError(f"validation became {value} after epoch {epoch}; lower the learning rate")
         if value < self._state.best_validation:
             self._state.best_validation, self._state.best_epoch = value, epoch
             self._best = {name: tensor.clone() for name, tensor in self._module.state_dict().items()}
@@ -248,6 +301,14 @@ class Trainer:
         if state["best_epoch"] < 0:
             state["best_validation"] = None  # infinity is not JSON
         save_tensors(self.run_dir / _STATE, tensors, {"state": state, "fingerprint": self.fingerprint})
+
+    def _check_same_start(self) -> None:
+        steps = self.accelerator.gather(torch.tensor([self._state.step], device=self.accelerator.device)).tolist()
+        if len(set(steps)) > 1:
+            raise ValueError(
+                f"run_dir: expected a folder that all processes see, but the states that they found in {self.run_dir} "
+                f"are of steps {steps}"
+            )
 
     def _restore(self) -> bool:
         if self.run_dir is None or not (self.run_dir / _STATE).exists():

@@ -33,7 +33,9 @@ class PretrainTask:
     initial_checkpoint: str | None = None
 
 
-def validation_nmse_db(model: torch.nn.Module, codec: RandomProjectionCodec, h: torch.Tensor, batch: int = 1024) -> float:
+def validation_nmse_db(
+    model: torch.nn.Module, codec: RandomProjectionCodec, h: torch.Tensor, batch: int = 1024
+) -> float:
     """NMSE in dB, mean of ratios (LASCO, eq. 13, averaged over samples), of ``model`` on normalised channels ``h``."""
     device = next(model.parameters()).device
     ratios = []
@@ -66,8 +68,20 @@ def pretrain(
         accelerator: see :func:`csimodels.training.loop.make_accelerator`.
         data_description: JSON-serialisable; recorded, and part of what makes two runs the same.
         on_step: progress callback ``(step, total_steps, loss)``.
+
+    Raises:
+        ValueError: channels or an initial checkpoint that do not fit ``task``, or what :class:`Trainer` refuses.
+        FloatingPointError: the loss or the validation NMSE became infinite or NaN.
     """
     codec = RandomProjectionCodec(task.codec)
+    codec.check(validation)  # now, not after the first epoch
+    if len(validation) == 0:
+        raise ValueError("validation: expected at least one sample, got none")
+    if (task.architecture.tokens, task.architecture.features) != codec.token_shape:
+        raise ValueError(
+            f"task: expected an architecture of {codec.token_shape} tokens and features for {task.codec}, "
+            f"got {task.architecture}"
+        )
     # The seed of the batch order also draws the weights: one number determines the run.
     torch.manual_seed(task.train.seed)
     if task.initial_checkpoint is None:
@@ -120,4 +134,5 @@ def pretrain(
         summary = {key: record[key] for key in ("validation_nmse_db", "best_epoch", "steps", "data")}
         save_checkpoint(run_dir / "model.safetensors", accelerator.unwrap_model(model), task.codec, summary)
         write_json(run_dir / "log.json", record)
+    accelerator.wait_for_everyone()  # the files are there for every process that returns
     return result
