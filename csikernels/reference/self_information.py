@@ -62,9 +62,9 @@ def scatter_codeword(values: Tensor, indices: Tensor, mean: Tensor, shape: list[
 def last_writer(indices: Tensor, size: int) -> Tensor:
     """indices [B,m] -> [B,size]: the last position in the codeword that points at each element, or -1."""
     batch, m = indices.shape
-    order = torch.arange(m, device=indices.device).expand(batch, m)
+    order = torch.arange(m, device=indices.device).repeat(batch, 1)
     # A maximum does not depend on the order of writes, so duplicates are deterministic on every device.
-    return torch.full((batch, size), -1, device=indices.device).scatter_reduce(1, indices, order, "amax")
+    return torch.full((batch, size), -1, device=indices.device).scatter_reduce_(1, indices, order, "amax")
 
 
 def _bits(tensor: Tensor) -> Tensor:
