@@ -91,9 +91,9 @@ def dequantize(
     """
     count = shape[0] * shape[1]
     levels = torch.tensor(LEVELS, device=packed.device)
-    # One row of two levels per byte: a single look-up yields both nibbles.
-    pairs = torch.stack([levels.repeat_interleave(16), levels.repeat(16)], dim=1)
-    weight = pairs.index_select(0, packed.to(torch.int32)).view(-1)[:count]
+    # Both levels of a byte in one 64-bit entry: a look-up yields two elements.
+    pairs = torch.stack([levels.repeat_interleave(16), levels.repeat(16)], dim=1).view(torch.int64).view(-1)
+    weight = pairs.index_select(0, packed.to(torch.int32)).view(torch.float32)[:count]
     whole = count // block_size * block_size
     weight[:whole].view(-1, block_size).mul_(absmax[: whole // block_size, None])
     weight[whole:].mul_(absmax[whole // block_size :])
