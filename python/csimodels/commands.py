@@ -2,74 +2,36 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import re
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 import csikernels
+from csimodels.console import OneLineErrors, console, errors, print_scores, progress, reported
+from csimodels.files import digest, write_json, write_text
 
 app = typer.Typer(
     name="csimodels",
+    cls=OneLineErrors,
     help="Models, channels and experiments for AI-based CSI feedback. Start with: csimodels demo",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-console = Console()
-_errors = Console(stderr=True)
-
 Preset = Annotated[str, typer.Option(help="laptop (minutes on two CPU cores) or paper (the paper's sizes and epochs)")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; default: all cores")]
 Workers = Annotated[int | None, typer.Option(min=1, help="processes; default: one per core")]
+OutFolder = Annotated[Path, typer.Option(file_okay=False, help="output folder; an interrupted run there is continued")]
+EnvironmentIndex = Annotated[int | None, typer.Option(min=1, help="or: index of a built-in environment, such as 1201")]
 BasePath = Annotated[Path | None, typer.Option(help="base LAM checkpoint; default: the one shipped in the package")]
 ReferencePath = Annotated[Path | None, typer.Option(help="reference SAM checkpoint; default: the shipped one")]
-
-
-@contextlib.contextmanager
-def _reported() -> Iterator[None]:
-    """Turn expected failures into one line on stderr and an exit code: 2 for bad input, 1 for the rest."""
-    try:
-        yield
-    except (ValueError, TypeError, FileNotFoundError, NotADirectoryError, IsADirectoryError, ImportError) as error:
-        _errors.print(f"[bold red]error:[/] {_one_line(error)}", highlight=False, soft_wrap=True)
-        raise typer.Exit(2) from None
-    except (RuntimeError, OSError, FloatingPointError) as error:
-        _errors.print(f"[bold red]error:[/] {_one_line(error)}", highlight=False, soft_wrap=True)
-        raise typer.Exit(1) from None
-
-
-def _one_line(error: Exception) -> str:
-    from rich.markup import escape
-
-    return escape(" ".join(str(error).split()) or type(error).__name__)
-
-
-@contextlib.contextmanager
-def _progress(description: str) -> Iterator[Callable[..., None]]:
-    """A progress bar; yields ``update(done, total, detail="")``."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=_errors) as progress:
-        bar = progress.add_task(description, total=None)
-
-        def update(done: int, total: int, detail: str = "") -> None:
-            progress.update(bar, completed=done, total=total, description=f"{description} {detail}".rstrip())
-
-        yield update
 
 
 @app.command()
@@ -79,13 +41,14 @@ def info() -> None:
 
     table = Table("build", "value")
     for name, value in csikernels.build_info().items():
-        table.add_row(name, ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value))
+        text = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
+        table.add_row(name, "-" if text in (None, "") else str(text))
     console.print(table)
-    table = Table("op", "cpu", "cuda")
+    table = Table("op", "cpu", "cuda", title="backends, best first")
     for name, devices in csikernels.backends().items():
         table.add_row(name, *(", ".join(devices[device]) or "-" for device in ("cpu", "cuda")))
     console.print(table)
-    extras = {"sionna": "sionna", "llm": "transformers", "cuda": "cupy"}
+    extras = {"sionna": "sionna", "raytracing": "mitsuba", "llm": "transformers", "cuda": "cupy"}
     table = Table("extra", "installed")
     for extra, module in extras.items():
         table.add_row(extra, "yes" if find_spec(module) else f"no: pip install 'csikernels\\[{extra}]'")
@@ -96,16 +59,19 @@ def _parse_indices(text: str) -> list[int]:
     """``"1-100,105"`` -> indices."""
     indices: list[int] = []
     for part in text.split(","):
-        first, _, last = part.strip().partition("-")
-        if not first.isdigit() or (last and not last.isdigit()) or (last and int(last) < int(first)):
-            raise ValueError(f"environments: expected numbers and ranges such as 1-100,105, got {text!r}")
-        indices += range(int(first), int(last or first) + 1)
+        match = re.fullmatch(r"([0-9]+)(?:-([0-9]+))?", part.strip())
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+        if not 1 <= first <= last:
+            raise ValueError(
+                f"environments: expected numbers from 1 and ascending ranges such as 1-100,105, got {text!r}"
+            )
+        indices += range(first, last + 1)
     return indices
 
 
 @app.command()
 def generate(
-    out: Annotated[Path, typer.Argument(help="HDF5 file to write")],
+    out: Annotated[Path, typer.Argument(dir_okay=False, help="HDF5 file to write, such as site.h5")],
     environments: Annotated[str, typer.Option(help="indices, such as 1-100,105; odd are NLOS, even LOS")] = "101-110",
     samples: Annotated[int, typer.Option(min=1, help="UE positions per environment")] = 1000,
     generator: Annotated[str, typer.Option(help="builtin or sionna (needs the extra)")] = "builtin",
@@ -113,22 +79,23 @@ def generate(
     patches: Annotated[int, typer.Option(min=1, help="independent ray sets per environment")] = 1,
 ) -> None:
     """Draw channels of LASCO's setting (32 antennas, 32 subcarriers, 2.655 GHz, UMi) into an HDF5 file."""
-    with _reported():
+    with reported():
         from csimodels.channels.environment import CellConfig
         from csimodels.channels.presets import generate_dataset
 
         indices = _parse_indices(environments)
-        with _progress("generating") as update:
+        with progress("generating") as update:
             generate_dataset(
                 out, CellConfig(patches=patches), seed, indices, samples, generator=generator, progress=update
             )
-        console.print(f"wrote {len(indices) * samples} samples of {len(indices)} environments to {out}")
+        count = f"{len(indices)} environment{'s' if len(indices) > 1 else ''}"
+        console.print(f"wrote {len(indices) * samples} samples of {count} to {out}", soft_wrap=True)
 
 
 @app.command()
 def pretrain(
     model: Annotated[str, typer.Option(help="base (the LAM) or reference (the SAM)")],
-    out: Annotated[Path, typer.Option(help="output folder; an interrupted run there is continued")],
+    out: OutFolder,
     preset: Preset = "laptop",
     codeword_length: Annotated[int, typer.Option(help="M, 1 to 2048")] = 256,
     data: Annotated[Path | None, typer.Option(help="HDF5 file to train on, split 8:1:1; default: the preset's")] = None,
@@ -140,7 +107,7 @@ def pretrain(
     threads: Threads = None,
 ) -> None:
     """Pre-train LASCO's base LAM or reference SAM (step 1). Scales out under torchrun or accelerate launch."""
-    with _reported():
+    with reported():
         from csimodels.training.lasco_presets import pretrain_data, pretrain_task, split_data
         from csimodels.training.loop import make_accelerator
         from csimodels.training.pretrain import pretrain as run
@@ -157,8 +124,11 @@ def pretrain(
             model, preset, codeword_length, initial_checkpoint=None if initial is None else str(initial), **changes
         )
         accelerator = make_accelerator(task.train)
-        source = pretrain_data(preset) if data is None else split_data(_read_channels(data), {"file": str(data)})
-        with _progress(f"pre-training {model}") as update:
+        if data is None:
+            source = pretrain_data(preset)
+        else:
+            source = split_data(_read_channels(data), {"file": str(data), "sha256": digest(data)})
+        with progress(f"pre-training {model}") as update:
             result = run(
                 task,
                 source.source,
@@ -171,7 +141,8 @@ def pretrain(
         if accelerator.is_main_process:
             console.print(
                 f"validation NMSE {result.best_validation:.2f} dB (epoch {result.best_epoch} of {result.epochs}, "
-                f"{result.seconds:.0f} s); wrote {out}/model.safetensors"
+                f"{result.seconds:.0f} s); wrote {out}/model.safetensors",
+                soft_wrap=True,
             )
 
 
@@ -183,33 +154,51 @@ def _read_channels(path: Path) -> torch.Tensor:
         return reader.read(slice(None))
 
 
-def _load_models(base: Path | None, reference: Path | None) -> tuple[Any, Any, Any]:
-    """Frozen base and reference and their codec."""
+def _load_models(base: Path | None, reference: Path | None) -> tuple[Any, Any, Any, dict[str, str]]:
+    """Frozen base and reference, their codec, and what identifies the files."""
     from csimodels.assets import shipped_checkpoint
     from csimodels.models.projection import RandomProjectionCodec
     from csimodels.training.checkpoint import freeze, load_checkpoint
 
-    base_model, codec, _ = load_checkpoint(base or shipped_checkpoint("base"))
-    reference_model, _, _ = load_checkpoint(reference or shipped_checkpoint("reference"), codec=codec)
-    return freeze(base_model), freeze(reference_model), RandomProjectionCodec(codec)
+    base, reference = base or shipped_checkpoint("base"), reference or shipped_checkpoint("reference")
+    base_model, codec, _ = load_checkpoint(base)
+    reference_model, _, _ = load_checkpoint(reference, codec=codec)
+    identity = {"base": digest(base), "reference": digest(reference)}
+    return freeze(base_model), freeze(reference_model), RandomProjectionCodec(codec), identity
 
 
-def _environment_channels(data: Path | None, environment: int | None, count: int, draw: int = 0) -> torch.Tensor:
-    """One environment's channels: all of a file, or ``count`` positions of a built-in environment."""
+def _channels(data: Path | None, environment: int | None, count: int, draw: int) -> tuple[torch.Tensor, dict[str, Any]]:
+    """All channels of a file, or ``count`` positions of a built-in environment; and what identifies them."""
     from csimodels.channels.environment import CellConfig, Environment
 
     if data is not None and environment is None:
-        return _read_channels(data)
+        return _read_channels(data), {"sha256": digest(data)}
     if data is None and environment is not None:
-        return Environment(CellConfig(), environment, 0).sample(count, seed=draw)
+        return Environment(CellConfig(), environment, 0).sample(count, seed=draw), {"environment": environment}
     raise ValueError("data, environment: expected exactly one of --data FILE and --environment INDEX")
+
+
+def _adapt_config(preset: str, method: str, initial: str, alpha: float | None) -> Any:
+    from csimodels.models.lasco import ADAPTED_METHODS
+    from csimodels.training.adapt import AdaptConfig
+    from csimodels.training.lasco_presets import check_preset
+
+    check_preset(preset)
+    if method not in ADAPTED_METHODS:
+        raise ValueError(f"method: expected one of {', '.join(ADAPTED_METHODS)}, got {method!r}")
+    changes: dict[str, Any] = {"initial": initial}
+    if alpha is not None:
+        if method not in ("lasco", "e_lasco"):
+            raise ValueError(f"alpha: expected none for {method}, which has no coefficient, got {alpha}")
+        changes["initial_alpha" if method == "e_lasco" else "alpha"] = alpha
+    return AdaptConfig.paper(**changes) if preset == "paper" else AdaptConfig.laptop(**changes)
 
 
 @app.command()
 def adapt(
-    out: Annotated[Path, typer.Option(help="output folder; an interrupted run there is continued")],
+    out: OutFolder,
     data: Annotated[Path | None, typer.Option(help="HDF5 file with one environment's channels")] = None,
-    environment: Annotated[int | None, typer.Option(min=1, help="or: index of a built-in environment")] = None,
+    environment: EnvironmentIndex = None,
     method: Annotated[
         str, typer.Option(help="finetuned_sam, baseline_a, lasco_no_reference, lasco or e_lasco")
     ] = "e_lasco",
@@ -217,103 +206,95 @@ def adapt(
     reference: ReferencePath = None,
     preset: Preset = "laptop",
     initial: Annotated[str, typer.Option(help="what the networks start from: pinv (the paper) or lmmse")] = "pinv",
-    alpha: Annotated[float | None, typer.Option(help="LASCO's coefficient, or E-LASCO's start")] = None,
-    train: Annotated[int, typer.Option(min=1, help="training samples")] = 1000,
-    validation: Annotated[int, typer.Option(min=1, help="validation samples")] = 125,
-    test: Annotated[int, typer.Option(min=1, help="test samples")] = 1000,
+    alpha: Annotated[
+        float | None, typer.Option(help="lasco's coefficient (default 0.7), or where e_lasco starts (default 1)")
+    ] = None,
+    train: Annotated[int, typer.Option(min=2, help="training samples, the first in the file")] = 1000,
+    validation: Annotated[int, typer.Option(min=1, help="validation samples, the next ones")] = 125,
+    test: Annotated[int, typer.Option(min=1, help="test samples, the ones after that")] = 1000,
     threads: Threads = None,
 ) -> None:
-    """Adapt a proxy SAM to one environment (step 2); writes proxy.safetensors and result.json."""
-    with _reported():
-        from csimodels.files import write_json
-        from csimodels.models.lasco import ADAPTED_METHODS
-        from csimodels.training.adapt import AdaptConfig, Adapter, EnvironmentData
-        from csimodels.training.lasco_presets import check_preset
+    """Adapt a small model to one environment (step 2); writes proxy.safetensors and result.json."""
+    with reported():
+        from csimodels.training.adapt import Adapter, EnvironmentData
         from csimodels.training.loop import make_accelerator
         from csimodels.training.proxy_file import save_proxy
 
-        check_preset(preset)
-        if method not in ADAPTED_METHODS:
-            raise ValueError(f"method: expected one of {', '.join(ADAPTED_METHODS)}, got {method!r}")
+        config = _adapt_config(preset, method, initial, alpha)
         if threads:
             torch.set_num_threads(threads)
-        changes: dict[str, Any] = {"initial": initial}
-        if alpha is not None:
-            changes["initial_alpha" if method == "e_lasco" else "alpha"] = alpha
-        config = AdaptConfig.paper(**changes) if preset == "paper" else AdaptConfig.laptop(**changes)
-        base_model, reference_model, codec = _load_models(base, reference)
-        h = _environment_channels(data, environment, train + validation + test)
-        accelerator = make_accelerator(config.train)
-        split = EnvironmentData.split(h, train, validation, test)
-        adapter = Adapter(base_model, reference_model, codec, split, config, accelerator=accelerator)
+        counts = (train, validation, test)
+        h, source = _channels(data, environment, sum(counts), draw=0)
+        base_model, reference_model, codec, identity = _load_models(base, reference)
+        description = {**source, **identity, "split": counts}
+        adapter = Adapter(
+            base_model,
+            reference_model,
+            codec,
+            EnvironmentData.split(h, *counts),
+            config,
+            accelerator=make_accelerator(config.train),
+        )
         with console.status(f"adapting {method} ..."):
-            result, proxy = adapter.adapt(method, run_dir=out)
+            result, proxy = adapter.adapt(method, run_dir=out, description=description)
             scores = {name: dataclasses.asdict(adapter.score(name)) for name in ("pretrained_lam", "pretrained_sam")}
         scores[method] = dataclasses.asdict(result)
-        if accelerator.is_main_process:
+        if adapter.accelerator.is_main_process:
             lmmse = adapter.lmmse if initial == "lmmse" else None
-            save_proxy(
-                out / "proxy.safetensors",
-                proxy,
-                codec.config,
-                lmmse=lmmse,
-                extra={"result": scores[method]},
-            )
+            extra = {"result": scores[method], "data": description}
+            save_proxy(out / "proxy.safetensors", proxy, codec.config, lmmse=lmmse, extra=extra)
             write_json(out / "result.json", {"preset": preset, "initial": initial, "methods": scores})
-            _print_scores(scores)
-            console.print(f"wrote {out}/proxy.safetensors and {out}/result.json")
-
-
-def _print_scores(scores: dict[str, dict[str, Any]]) -> None:
-    from csimodels.models.lasco import LABELS
-
-    table = Table("method", "NMSE (dB)", "GCS", "epochs", "alpha")
-    for name, score in scores.items():
-        epochs, alpha = score.get("epochs"), score.get("alpha")
-        table.add_row(
-            LABELS[name],
-            f"{score['nmse_db']:.2f}",
-            f"{score['gcs']:.3f}",
-            "-" if epochs is None else str(epochs),
-            "-" if alpha is None else f"{alpha:.2f}",
-        )
-    console.print(table)
+            print_scores(scores)
+            console.print(f"wrote {out}/proxy.safetensors and {out}/result.json", soft_wrap=True)
 
 
 @app.command()
 def evaluate(
     data: Annotated[Path | None, typer.Option(help="HDF5 file with channels")] = None,
-    environment: Annotated[int | None, typer.Option(min=1, help="or: index of a built-in environment")] = None,
+    environment: EnvironmentIndex = None,
     proxy: Annotated[Path | None, typer.Option(help="adapted proxy.safetensors to score beside the models")] = None,
     base: BasePath = None,
     reference: ReferencePath = None,
     samples: Annotated[int, typer.Option(min=1, help="positions drawn with --environment (fresh ones)")] = 1000,
     threads: Threads = None,
 ) -> None:
-    """Score the pre-trained models, and an adapted proxy, on channels: NMSE and GCS."""
-    with _reported():
+    """Score the pre-trained models, and an adapted proxy, on channels: NMSE and GCS.
+
+    Samples of a file that the proxy was adapted on are left out.
+    """
+    with reported():
+        from csimodels.training.proxy_file import load_proxy
         from csimodels.training.score import score_models
 
         if threads:
             torch.set_num_threads(threads)
         # Draw 0 is what `adapt --environment` trains and tests on; these positions are new to it.
-        h = _environment_channels(data, environment, samples, draw=10**6)
-        base_model, reference_model, codec = _load_models(base, reference)
-        _print_scores(score_models(base_model, reference_model, codec, h, proxy))
+        h, source = _channels(data, environment, samples, draw=10**6)
+        base_model, reference_model, codec, identity = _load_models(base, reference)
+        if proxy is not None:
+            origin = load_proxy(proxy, codec=codec.config)[2].get("data", {})
+            if any(origin.get(name, value) != value for name, value in identity.items()):
+                raise ValueError(f"{proxy}: adapted beside other models; give its --base and --reference")
+            if data is not None and origin.get("sha256") == source["sha256"]:
+                used = sum(origin["split"][:2])
+                console.print(f"left out: the first {used} samples, which the proxy was adapted on")
+                h = h[used:]
+        print_scores(score_models(base_model, reference_model, codec, h, proxy))
 
 
 @app.command()
 def experiment(
     name: Annotated[str | None, typer.Argument(help="see --list")] = None,
     preset: Preset = "laptop",
-    out: Annotated[Path, typer.Option(help="output folder, shared by all experiments")] = Path("runs/experiments"),
+    out: Annotated[Path, typer.Option(file_okay=False, help="output folder, shared by all experiments")] = Path(
+        "runs/experiments"
+    ),
     workers: Workers = None,
     show_list: Annotated[bool, typer.Option("--list", help="name every experiment with its figure")] = False,
 ) -> None:
     """Run a paper's experiment; writes NAME.json, NAME.md and NAME.png. Interrupted runs continue."""
-    with _reported():
+    with reported():
         from csimodels.evaluation.lasco_experiments import EXPERIMENTS, settings
-        from csimodels.files import write_json, write_text
         from csimodels.training.checkpoint_store import CheckpointStore
 
         if show_list:
@@ -322,14 +303,16 @@ def experiment(
                 table.add_row(key, description)
             console.print(table)
             return
+        if name is None:
+            raise ValueError("name: expected an experiment; csimodels experiment --list names them")
         if name not in EXPERIMENTS:
             raise ValueError(f"name: expected one of {', '.join(EXPERIMENTS)}, got {name!r}")
         description, function = EXPERIMENTS[name]
-        with _progress(name) as update:
+        with progress(name) as update:
             store = CheckpointStore(
                 out / "checkpoints",
                 preset,
-                on_start=_errors.print,
+                on_start=errors.print,
                 on_step=lambda step, total, loss: update(step, total, f"pre-training, loss {loss:.4f}"),
             )
             outcome = function(
@@ -340,23 +323,23 @@ def experiment(
         write_text(out / f"{name}.md", report)
         figure = outcome.draw(out)
         console.print(report, markup=False, soft_wrap=True)
-        console.print(f"wrote {out}/{name}.json, {out}/{name}.md and {figure}")
+        console.print(f"wrote {out}/{name}.json, {out}/{name}.md and {figure}", soft_wrap=True)
 
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="output folder")] = Path("runs/demo"),
+    out: OutFolder = Path("runs/demo"),
     workers: Workers = None,
 ) -> None:
     """Adapt the shipped large model to four environments it has never seen, and compare all methods."""
-    with _reported():
+    with reported():
         from csimodels.evaluation.demo import run_demo, table_rows
 
-        with _progress("adapting") as update:
+        with progress("adapting") as update:
             report = run_demo(out, workers=workers, on_done=lambda done, total, task: update(done, total))
         header, rows = table_rows(report)
         table = Table(*header, title=f"CSI reconstruction from M = {report['codeword_length']} of 2048 reals")
         for row in rows:
             table.add_row(*("-" if v is None else f"{v:.2f}" if isinstance(v, float) else str(v) for v in row))
         Console(width=None if sys.stdout.isatty() else 160).print(table)
-        console.print(f"wrote {out}/report.json, report.md, methods.png, alpha.png and channels.png")
+        console.print(f"wrote {out}/report.json, report.md, methods.png, alpha.png and channels.png", soft_wrap=True)

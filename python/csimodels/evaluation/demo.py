@@ -21,6 +21,7 @@ from csimodels.training.loop import make_accelerator
 
 # Fresh: neither pre-training (1 to 1000), validation (1001 to 1040) nor the experiments (1101 on) use them.
 ENVIRONMENTS = (1201, 1202, 1203, 1204)
+SAMPLES = (1000, 125, 1000)
 ALPHAS = (0.1, 0.4, 0.7, 1.0, 1.5)
 _LMMSE_START = (("pretrained_lam", None), ("finetuned_sam", None), ("e_lasco", None))
 
@@ -29,6 +30,8 @@ def run_demo(
     out: Path,
     *,
     environments: Sequence[int] = ENVIRONMENTS,
+    samples: tuple[int, int, int] = SAMPLES,
+    config: AdaptConfig | None = None,
     workers: int | None = None,
     on_done: Callable[[int, int, AdaptTask], None] | None = None,
 ) -> dict[str, Any]:
@@ -37,23 +40,34 @@ def run_demo(
     Writes ``report.json``, ``report.md``, ``methods.png``, ``alpha.png`` and ``channels.png`` to ``out``, and the
     finished rows as it goes, so that a killed demo continues.
 
+    Args:
+        out: folder.
+        environments: indices in the built-in cell.
+        samples: per environment for training, validation and test.
+        config: how to adapt; default: the laptop preset.
+        workers: processes; default one per core.
+        on_done: progress callback ``(finished, total, task)``.
+
     Returns:
-        The report, as in ``report.json``: ``preset``, ``codeword_length``, ``environments``, ``methods`` (name ->
-        ``nmse_db``, ``gcs``, ``epochs``, ``seconds``, ``alpha``, each a mean, and ``per_environment``),
-        ``initial_lmmse`` (the same for methods that start from the LMMSE estimate) and ``alpha_sweep``.
+        The report, as in ``report.json``: ``preset``, ``codeword_length``, ``environments`` (``index`` and ``los``
+        each), ``methods`` (name -> ``nmse_db`` and ``gcs``, for those that train ``epochs``, ``best_epoch`` and
+        ``seconds``, with a coefficient ``alpha``, each a mean; and ``per_environment``, the same by index),
+        ``initial_lmmse`` (likewise, for methods that start from the LMMSE estimate), ``alpha_sweep`` (index -> alpha ->
+        NMSE in dB of LASCO) and ``samples`` (``train``, ``validation``, ``test``).
     """
     base, reference = shipped_checkpoint("base"), shipped_checkpoint("reference")
-    config = AdaptConfig.laptop()
+    preset = "laptop" if config is None else "custom"
+    config = config or AdaptConfig.laptop()
     linear = dataclasses.replace(config, initial="lmmse")
     sweep = tuple(("lasco", alpha) for alpha in ALPHAS if alpha != config.alpha)
     tasks = []
     for runs, adapt in ((tuple((m, None) for m in METHODS), config), (_LMMSE_START, linear), (sweep, config)):
-        tasks += [AdaptTask(str(base), str(reference), index, adapt, runs) for index in environments]
+        tasks += [AdaptTask(str(base), str(reference), index, adapt, runs, *samples) for index in environments]
     rows = run_tasks(tasks, out, workers=workers, on_done=on_done)
     main = [row for row in rows if row["initial"] == "pinv" and row["set_alpha"] is None]
     lmmse_start = [row for row in rows if row["initial"] == "lmmse"]
     report = {
-        "preset": "laptop",
+        "preset": preset,
         "codeword_length": main[0]["codeword_length"],
         "environments": [
             {"index": index, "los": next(row["los"] for row in main if row["environment"] == index)}
@@ -62,10 +76,11 @@ def run_demo(
         "methods": {method: _summary(main, method, environments) for method in METHODS},
         "initial_lmmse": {method: _summary(lmmse_start, method, environments) for method, _ in _LMMSE_START},
         "alpha_sweep": _alpha_sweep(rows, config.alpha, environments),
+        "samples": dict(zip(("train", "validation", "test"), samples, strict=True)),
     }
     write_json(out / "report.json", report)
     write_text(out / "report.md", report_markdown(report))
-    _figures(out, report, environments, config)
+    _figures(out, report, config)
     return report
 
 
@@ -86,7 +101,7 @@ def _alpha_sweep(rows: Sequence[Row], fixed: float, environments: Sequence[int])
     sweep: dict[str, dict[str, float]] = {}
     for index in environments:
         values = {
-            row["set_alpha"] or fixed: row["nmse_db"]
+            (fixed if row["set_alpha"] is None else row["set_alpha"]): row["nmse_db"]
             for row in rows
             if row["method"] == "lasco" and row["environment"] == index
         }
@@ -121,14 +136,15 @@ def table_rows(report: dict[str, Any]) -> tuple[list[str], list[list[object]]]:
 def report_markdown(report: dict[str, Any]) -> str:
     """The report for a reader."""
     header, rows = table_rows(report)
-    methods = report["methods"]
+    methods, samples, preset = report["methods"], report["samples"], report["preset"].capitalize()
     best = min(("lasco", "e_lasco"), key=lambda name: methods[name]["nmse_db"])
     gain = {name: methods[name]["nmse_db"] - methods[best]["nmse_db"] for name in ("pretrained_lam", "finetuned_sam")}
     lines = [
         "# LASCO demonstration",
         "",
-        f"Laptop preset, M = {report['codeword_length']} of 2048 reals; per-environment columns are NMSE (dB) / GCS on",
-        "1,000 test samples after adaptation with 1,000 samples. Epochs and seconds are means per environment.",
+        f"{preset} preset, M = {report['codeword_length']} of 2048 reals; per-environment columns",
+        f"are NMSE (dB) / GCS on {samples['test']:,} test samples after adaptation with {samples['train']:,} samples.",
+        "Epochs and seconds are means per environment.",
         "",
         markdown_table(header, rows),
         f"{LABELS[best]} gains {gain['pretrained_lam']:.2f} dB on the pre-trained LAM and "
@@ -144,7 +160,7 @@ def report_markdown(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _figures(out: Path, report: dict[str, Any], environments: Sequence[int], config: AdaptConfig) -> None:
+def _figures(out: Path, report: dict[str, Any], config: AdaptConfig) -> None:
     labels = {str(e["index"]): environment_label(e) for e in report["environments"]}
     groups = {
         LABELS[name]: {
@@ -159,19 +175,19 @@ def _figures(out: Path, report: dict[str, Any], environments: Sequence[int], con
         for index, values in report["alpha_sweep"].items()
     }
     line_figure(out / "alpha.png", {"NMSE (dB)": curves}, "alpha", "LASCO with a fixed alpha")
-    _draw_channels(out / "channels.png", environments[0], config)
+    _draw_channels(out / "channels.png", report, config)
 
 
-def _draw_channels(path: Path, index: int, config: AdaptConfig) -> None:
-    """One test sample of environment ``index``: truth, input, LAM, E-LASCO.
+def _draw_channels(path: Path, report: dict[str, Any], config: AdaptConfig) -> None:
+    """One test sample of the first environment: truth, input, LAM, E-LASCO.
 
     E-LASCO is adapted again for it: the demo's processes return scores, not weights.
     """
     base, codec_config, _ = load_checkpoint(shipped_checkpoint("base"))
     reference, _, _ = load_checkpoint(shipped_checkpoint("reference"))
     codec = RandomProjectionCodec(codec_config)
-    h = Environment(CellConfig(), index, 0).sample(2125)
-    data = EnvironmentData.split(h, 1000, 125, 1000)
+    index, counts = report["environments"][0]["index"], report["samples"].values()
+    data = EnvironmentData.split(Environment(CellConfig(), index, 0).sample(sum(counts)), *counts)
     accelerator = make_accelerator(config.train)
     adapter = Adapter(freeze(base), freeze(reference), codec, data, config, accelerator=accelerator)
     _, proxy = adapter.adapt("e_lasco")

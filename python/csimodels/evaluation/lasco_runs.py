@@ -12,6 +12,8 @@ import hashlib
 import json
 import multiprocessing
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from typing import Any
 import torch
 
 from csimodels.channels.environment import CellConfig, Environment
-from csimodels.files import write_text
+from csimodels.files import digest, write_text
 from csimodels.models.projection import RandomProjectionCodec
 from csimodels.training.adapt import AdaptConfig, Adapter, EnvironmentData
 from csimodels.training.checkpoint import freeze, load_checkpoint
@@ -58,7 +60,7 @@ class AdaptTask:
         """Identifies the task's outcome: everything that determines it, the checkpoints by content."""
         fields = dataclasses.asdict(self)
         for name in ("base", "reference"):
-            fields[name] = hashlib.sha256(Path(fields[name]).read_bytes()).hexdigest()
+            fields[name] = digest(fields[name])
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -101,6 +103,17 @@ def run_task(task: AdaptTask) -> list[Row]:
 def _worker_setup() -> None:
     # The models are small: one thread each and one process per core beats all cores on one model.
     torch.set_num_threads(1)
+    # Ctrl-C reaches the whole group: the parent reports it, workers go without a traceback each.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    # A worker waits on a pipe whose other end it holds as well, so it would outlive a parent that is killed.
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def run_tasks(
@@ -117,6 +130,9 @@ def run_tasks(
         out: folder of the row file.
         workers: processes; default one per core.
         on_done: progress callback ``(finished, total, task)``.
+
+    Raises:
+        ValueError: ``rows.jsonl`` is damaged, or what a task raises; the rows of finished tasks are kept.
     """
     path = out / "rows.jsonl"
     finished = _read_rows(path)
@@ -129,25 +145,35 @@ def run_tasks(
         workers, mp_context=multiprocessing.get_context("spawn"), initializer=_worker_setup
     ) as pool:
         futures = {pool.submit(run_task, task): (key, task) for key, task in missing}
-        for future in concurrent.futures.as_completed(futures):
-            key, task = futures[future]
-            finished[key] = future.result()
-            write_text(path, "".join(json.dumps({"key": k, "rows": rows}) + "\n" for k, rows in finished.items()))
-            count += 1
-            if on_done is not None:
-                on_done(count, len(tasks), task)
+        try:
+            for future in concurrent.futures.as_completed(futures):
+                key, task = futures[future]
+                finished[key] = future.result()
+                _write_rows(path, finished)
+                count += 1
+                if on_done is not None:
+                    on_done(count, len(tasks), task)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)  # the error need not wait for tasks that nobody reads
+            raise
     return [row for key in keys for row in finished[key]]
+
+
+def _write_rows(path: Path, finished: dict[str, list[Row]]) -> None:
+    # What another experiment in this folder has finished meanwhile stays.
+    kept = _read_rows(path) | finished
+    write_text(path, "".join(json.dumps({"key": key, "rows": rows}) + "\n" for key, rows in kept.items()))
 
 
 def _read_rows(path: Path) -> dict[str, list[Row]]:
     if not path.exists():
         return {}
     finished = {}
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         try:
             record = json.loads(line)
             finished[record["key"]] = record["rows"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError) as error:  # ValueError: neither JSON nor text
             raise ValueError(f"{path}, line {number}: not a row record ({error}); remove it to start anew") from None
     return finished
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 
 import torch
 from torch import nn
@@ -50,7 +51,8 @@ def squared_error(target: torch.Tensor, estimate: torch.Tensor) -> torch.Tensor:
     With estimate = ``shift(alpha=1)`` this is eq. 16, ``shift`` eq. 17, ``collaborate`` with fixed alpha eq. 19 and
     with learned alpha eq. 20. The division by the number of reals scales all gradients alike, which AdamW ignores.
     """
-    return (estimate.float() - target).square().mean()
+    # Autocast estimates are bfloat16; the error is not.
+    return (estimate.to(target.dtype) - target).square().mean()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +75,8 @@ class ProxyConfig:
             raise ValueError(f"method: expected one of {', '.join(ADAPTED_METHODS)}, got {self.method!r}")
         if self.form not in ("collaborate", "shift"):
             raise ValueError(f"form: expected 'collaborate' or 'shift', got {self.form!r}")
+        if not math.isfinite(self.alpha):
+            raise ValueError(f"alpha: expected a finite number, got {self.alpha}")
 
 
 class Proxy(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -45,6 +46,11 @@ class AdaptConfig:
     def __post_init__(self) -> None:
         if self.initial not in ("pinv", "lmmse"):
             raise ValueError(f"initial: expected 'pinv' or 'lmmse', got {self.initial!r}")
+        if self.train.learning_rate == 0:
+            raise ValueError("train: expected a positive learning rate, got 0")
+        for name in ("alpha", "initial_alpha", "alpha_learning_rate"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name}: expected a finite number, got {getattr(self, name)}")
 
     @classmethod
     def paper(cls, **changes: Any) -> AdaptConfig:
@@ -118,6 +124,19 @@ class MethodResult:
     alpha: float | None = None
 
 
+def _checked_output(output: Any, h_in: torch.Tensor) -> torch.Tensor:
+    """What a black box returned for ``h_in``, float32 on the CPU."""
+    if not isinstance(output, torch.Tensor):
+        raise TypeError(f"base: expected outputs of type torch.Tensor, got {type(output).__name__}")
+    if output.shape != h_in.shape:
+        raise ValueError(f"base: expected outputs of shape {tuple(h_in.shape)}, got {tuple(output.shape)}")
+    output = output.detach().float().cpu()
+    bad = int((~torch.isfinite(output)).sum())
+    if bad:
+        raise ValueError(f"base: expected finite outputs, got {bad} that are NaN or infinite")
+    return output
+
+
 class Adapter:
     """Adapts and scores every method of Fig. 6 in one environment.
 
@@ -130,6 +149,11 @@ class Adapter:
         codec: what the models were trained for.
         data: the environment's samples.
         config: see :class:`AdaptConfig`.
+
+    Raises:
+        TypeError: ``base`` returns something that is not a tensor.
+        ValueError: samples that do not fit ``codec``, or outputs of ``base`` of another shape than its input or that
+            are not finite.
     """
 
     def __init__(
@@ -149,20 +173,17 @@ class Adapter:
         self._splits = {name: self._cache(base, getattr(data, name)) for name in ("train", "validation", "test")}
         self.cache_seconds = time.monotonic() - started
 
-    @torch.inference_mode()
+    # Not inference mode: training saves these tensors for backward.
+    @torch.no_grad()
     def _cache(self, base: Network, h: torch.Tensor, batch: int = 512) -> _Cached:
         linear = self.config.initial == "lmmse"
         h_in = linear_estimate(self.lmmse, self.codec, h) if linear else self.codec.initial(self.codec.encode(h))
         outputs = []
         for part in h_in.split(batch):
-            output = base(part)
-            if output.shape != part.shape:
-                raise ValueError(f"base: expected outputs of shape {tuple(part.shape)}, got {tuple(output.shape)}")
-            outputs.append(output.float().cpu())
+            outputs.append(_checked_output(base(part), part))
         device = next(self.reference.parameters()).device
         reference = torch.cat([self.reference(part.to(device)).float().cpu() for part in h_in.split(batch)])
-        # Leaving inference mode: training saves these tensors for backward.
-        return _Cached(*(x.clone() for x in (h_in, self.codec.target(h), torch.cat(outputs), reference)))
+        return _Cached(h_in, self.codec.target(h), torch.cat(outputs), reference)
 
     def score(self, method: str, *, alpha: float | None = None) -> MethodResult:
         """NMSE and GCS of ``method`` on the test split, adapting it first where it trains.
@@ -183,21 +204,34 @@ class Adapter:
         return self.adapt(method, alpha=alpha)[0]
 
     def adapt(
-        self, method: str, *, run_dir: Path | None = None, alpha: float | None = None
+        self,
+        method: str,
+        *,
+        run_dir: Path | None = None,
+        description: dict[str, Any] | None = None,
+        alpha: float | None = None,
     ) -> tuple[MethodResult, Proxy]:
         """Train ``method``'s proxy and score it on the test split.
 
         Args:
             method: one of :data:`csimodels.models.lasco.ADAPTED_METHODS`.
             run_dir: folder for the training state, so that a killed adaptation resumes.
+            description: with ``run_dir``, what identifies the data and the models (JSON-serialisable): a state of
+                another environment or base must not be taken for this one's.
             alpha: as for :meth:`score`.
 
         Returns:
             The scores and the proxy with its best weights, in eval mode.
+
+        Raises:
+            ValueError: an unknown method, ``run_dir`` without ``description``, fewer training samples than a batch, or
+                a state in ``run_dir`` that is not whole or belongs to another run.
         """
+        if run_dir is not None and description is None:
+            raise ValueError("description: expected one with run_dir, got None")
         start = self.config.initial_alpha if method == "e_lasco" else self.config.alpha if alpha is None else alpha
         proxy = Proxy(ProxyConfig(method, start, self.config.form), self.reference, seed=self.config.train.seed)
-        trained = self._trainer(proxy, run_dir).fit()
+        trained = self._trainer(proxy, run_dir, description).fit()
         proxy.eval()
         result = self._score(self._predict(proxy, self._splits["test"]))
         result.epochs, result.best_epoch, result.seconds = trained.epochs, trained.best_epoch, trained.seconds
@@ -205,8 +239,12 @@ class Adapter:
             result.alpha = proxy.alpha.item()
         return result, proxy
 
-    def _trainer(self, proxy: Proxy, run_dir: Path | None) -> Trainer:
+    def _trainer(self, proxy: Proxy, run_dir: Path | None, description: dict[str, Any] | None) -> Trainer:
         config = self.config
+        if len(self.data.train) < config.train.batch_size:
+            raise ValueError(
+                f"train: expected at least one batch of {config.train.batch_size} samples, got {len(self.data.train)}"
+            )
         groups: list[dict[str, Any]] = [{"params": list(proxy.sam.parameters())}]
         if proxy.alpha.requires_grad:
             scale = config.alpha_learning_rate / config.train.learning_rate
@@ -225,7 +263,11 @@ class Adapter:
             lambda network: self._nmse_db(network, self._splits["validation"]),
             accelerator=self.accelerator,
             run_dir=run_dir,
-            fingerprint={"adapt": dataclasses.asdict(config), "proxy": dataclasses.asdict(proxy.config)},
+            fingerprint={
+                "adapt": dataclasses.asdict(config),
+                "proxy": dataclasses.asdict(proxy.config),
+                "data": description,
+            },
             groups=groups,
         )
 

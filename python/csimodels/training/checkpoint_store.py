@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from csimodels.assets import shipped_checkpoint
+from csimodels.files import digest
 from csimodels.training.lasco_presets import LAPTOP_CODEWORD_LENGTH, pretrain_data, pretrain_task
 from csimodels.training.loop import make_accelerator
 from csimodels.training.pretrain import pretrain
@@ -43,8 +44,11 @@ class CheckpointStore:
         shipped = self.preset == "laptop" and not sized
         if shipped and codeword_length == LAPTOP_CODEWORD_LENGTH:
             return str(shipped_checkpoint(model))
-        size = f"-{sam_layers}x{sam_width}" if sized else ""
-        run_dir = self.folder / f"{self.preset}-{model}-m{codeword_length}{size}"
+        detail = f"-{sam_layers}x{sam_width}" if sized else ""
+        if shipped:
+            # Models that start from the shipped one are stale when that is trained anew.
+            detail = f"-from-{digest(shipped_checkpoint(model))[:8]}"
+        run_dir = self.folder / f"{self.preset}-{model}-m{codeword_length}{detail}"
         path = run_dir / "model.safetensors"
         if not path.exists():
             if self.on_start is not None:

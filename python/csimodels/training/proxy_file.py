@@ -14,6 +14,7 @@ from csimodels.models.lasco import Proxy, ProxyConfig
 from csimodels.models.projection import CodecConfig
 
 _FORMAT = "csimodels.proxy"
+_ESTIMATOR = ("mean", "gain", "codeword_mean")
 
 
 def save_proxy(
@@ -36,7 +37,7 @@ def save_proxy(
         "extra": extra or {},
     }
     if lmmse is not None:
-        tensors |= {f"lmmse.{name}": getattr(lmmse, name) for name in ("mean", "gain", "codeword_mean")}
+        tensors |= {f"lmmse.{name}": getattr(lmmse, name) for name in _ESTIMATOR}
     save_tensors(path, tensors, metadata)
 
 
@@ -45,21 +46,27 @@ def load_proxy(path: str | os.PathLike, *, codec: CodecConfig) -> tuple[Proxy, L
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not a proxy file, or made for another codec than ``codec``; the message names both.
+        ValueError: not a proxy file, one that is not whole, or made for another codec than ``codec``; the message names
+            both.
     """
     tensors, metadata = load_tensors(path)
     if metadata.get("format") != _FORMAT:
         raise ValueError(f"{path}: not an adapted proxy (its metadata has no format {_FORMAT!r})")
-    stored = CodecConfig(**metadata["codec"])
+    try:
+        stored, config = CodecConfig(**metadata["codec"]), ProxyConfig(**metadata["proxy"])
+        architecture, rank = TransformerConfig(**metadata["config"]), metadata["rank"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path}: written by csimodels {metadata.get('version')}, {__version__} does not know its configuration "
+            f"({error})"
+        ) from None
     if stored != codec:
         raise ValueError(f"{path}: adapted for {stored}, the base model is for {codec}")
-    proxy = Proxy(ProxyConfig(**metadata["proxy"]), ChannelTransformer(TransformerConfig(**metadata["config"])))
+    proxy = Proxy(config, ChannelTransformer(architecture))
     try:
         proxy.load_state_dict({n.removeprefix("proxy."): t for n, t in tensors.items() if n.startswith("proxy.")})
-    except RuntimeError as error:
+        estimator = None if rank is None else {name: tensors[f"lmmse.{name}"] for name in _ESTIMATOR}
+    except (RuntimeError, KeyError) as error:
         raise ValueError(f"{path}: its weights do not fit its own configuration: {error}") from None
-    lmmse = None
-    if metadata["rank"] is not None:
-        mean, gain, codeword_mean = (tensors[f"lmmse.{name}"] for name in ("mean", "gain", "codeword_mean"))
-        lmmse = LinearMmse(mean, gain, codeword_mean, metadata["rank"])
-    return proxy.eval(), lmmse, metadata["extra"]
+    lmmse = None if estimator is None else LinearMmse(rank=rank, **estimator)
+    return proxy.eval(), lmmse, metadata.get("extra", {})
