@@ -270,6 +270,7 @@ def test_thread_count_changes_nothing(backend, threads):
         assert torch.equal(index, results[0][0]) and torch.equal(similarity, results[0][1])
 
 
+@pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
