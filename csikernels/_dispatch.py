@@ -52,8 +52,9 @@ def define(schema: str) -> str:
     def choose(*args, **kwargs):
         # The dispatcher hands every argument of a Python kernel over positionally except keyword-only ones.
         device = _device_type(args)
-        # The op's own autograd formula has been set up by now; what runs inside must not record a second graph.
-        with torch.no_grad():
+        # The op's own autograd formula has been set up by now; what runs inside must not record a second graph. Nor may
+        # autocast reach inside: the op's dtype rules are its own, and a float32 product there would become bfloat16.
+        with torch.no_grad(), torch.autocast(device, enabled=False):
             return _python_implementation(name, device)(*args, **kwargs)
 
     _python.impl(name, choose, "CompositeExplicitAutograd")

@@ -168,3 +168,13 @@ def test_autocast_leaves_the_selection_alone():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         values, indices = csikernels.top_m(score, 2)
     assert values.dtype == torch.float32 and indices.tolist() == [[1, 0]]
+
+
+def test_autocast_does_not_reach_inside_an_op():
+    h = torch.randn(4, 32, dtype=torch.complex64)
+    book = torch.randn(64, 32, dtype=torch.complex64)
+    image = torch.randn(2, 2, 8, 8)
+    plain = csikernels.codebook_argmax(h, book), csikernels.self_information(image, bandwidth=0.5)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = csikernels.codebook_argmax(h, book), csikernels.self_information(image, bandwidth=0.5)
+    torch.testing.assert_close(cast, plain, rtol=0, atol=0)
