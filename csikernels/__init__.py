@@ -7,6 +7,9 @@ Four op families, each with the same semantics on every backend (C++, CUDA, Trit
 from csikernels._dispatch import apply_environment_choice, backends, use_backend
 from csikernels._info import __version__, build_info
 from csikernels.ops.codebook import Codebook, codebook_argmax
+from csikernels.ops.lasco import lasco_forward
+from csikernels.ops.lasco_bank import SamBank
+from csikernels.ops.lasco_engine import LascoEngine
 from csikernels.ops.nf4_lora import loftq_init, nf4_lora_linear, nf4_quantize
 from csikernels.ops.nf4_lora_module import NF4LoRALinear
 from csikernels.ops.nf4_lora_weight import NF4Weight
@@ -14,12 +17,15 @@ from csikernels.ops.self_information import scatter_codeword, select_informative
 
 __all__ = [
     "Codebook",
+    "LascoEngine",
     "NF4LoRALinear",
     "NF4Weight",
+    "SamBank",
     "__version__",
     "backends",
     "build_info",
     "codebook_argmax",
+    "lasco_forward",
     "loftq_init",
     "nf4_lora_linear",
     "nf4_quantize",

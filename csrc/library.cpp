@@ -53,6 +53,18 @@ TORCH_LIBRARY(csikernels, m) {
       tags);
 
   // lasco
+  m.def(
+      "lasco_forward(Tensor h_in, Tensor base_output, Tensor slot, Tensor alpha, Tensor[] proxies, Tensor[] reference, "
+      "Tensor[] packed, int heads, str activation, bool norm_first, float eps, bool keep_shift) -> (Tensor, Tensor)",
+      tags);
+  m.def(
+      "lasco_backward(Tensor grad, Tensor h_in, Tensor slot, Tensor alpha, Tensor[] proxies, Tensor[] reference, "
+      "int heads, str activation, bool norm_first, float eps, bool input_grad, bool weight_grad) -> (Tensor, Tensor[])",
+      tags);
+  m.def(
+      "transformer_forward(Tensor h_in, Tensor[] weights, Tensor[] scales, Tensor[] packed, int heads, str activation, "
+      "bool norm_first, float eps) -> Tensor",
+      tags);
 }
 
 namespace csikernels {

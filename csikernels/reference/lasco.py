@@ -1,0 +1,99 @@
+"""LASCO on a bank of small models in plain PyTorch: the oracle of every kernel, and the fallback without a compiler."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from csikernels._dispatch import implement
+from csikernels.reference import transformer
+
+
+@implement("lasco_forward", "reference")
+def lasco_forward(
+    h_in, base_output, slot, alpha, proxies, reference, packed, heads, activation, norm_first, eps, keep_shift
+):
+    check_slot_values(slot, alpha.shape[0])
+    hyper = transformer.Hyper(heads, activation, norm_first, eps)
+    network = transformer.network_of([weight[None] for weight in reference])
+    shift = base_output - transformer.forward(h_in[None], network, hyper)[0]
+    output = torch.empty(h_in.shape, dtype=h_in.dtype, device=h_in.device)
+    for slots, rows in groups(slot):
+        rows = rows.to(h_in.device)
+        output[rows] = transformer.forward(h_in[rows], transformer.network_of(_take(proxies, slots)), hyper)
+    output.addcmul_(alpha[slot.to(alpha.device)].view(-1, 1, 1), shift)
+    return output, shift if keep_shift else h_in.new_empty(0)
+
+
+@implement("lasco_backward", "reference")
+def lasco_backward(
+    grad, h_in, slot, alpha, proxies, reference, heads, activation, norm_first, eps, input_grad, weight_grad
+):
+    hyper = transformer.Hyper(heads, activation, norm_first, eps)
+    grads = [torch.zeros_like(weight) for weight in proxies] if weight_grad else []
+    grad_h = torch.zeros(h_in.shape, dtype=h_in.dtype, device=h_in.device) if input_grad else h_in.new_empty(0)
+    for slots, rows in groups(slot):
+        rows = rows.to(h_in.device)
+        network = transformer.network_of(_take(proxies, slots))
+        group_h, group = transformer.backward(
+            grad[rows], h_in[rows], network, hyper, input_grad=input_grad, weight_grad=weight_grad
+        )
+        for total, part in zip(grads, group, strict=weight_grad):
+            total[slots.to(total.device)] = part
+        if input_grad:
+            grad_h[rows] = group_h
+    if input_grad:
+        network = transformer.network_of([weight[None] for weight in reference])
+        through = alpha[slot.to(alpha.device)].view(-1, 1, 1) * grad
+        grad_h -= transformer.backward(through[None], h_in[None], network, hyper, input_grad=True, weight_grad=False)[
+            0
+        ][0]
+    return grad_h, grads
+
+
+@implement("transformer_forward", "reference")
+def transformer_forward(h_in, weights, scales, packed, heads, activation, norm_first, eps):
+    network = transformer.network_of([weight[None] for weight in weights], [scale[None] for scale in scales])
+    return transformer.forward(h_in[None], network, transformer.Hyper(heads, activation, norm_first, eps))[0]
+
+
+def check_slot_values(slot: Tensor, slots: int) -> None:
+    """Raise unless every entry is in ``0..slots - 1``. Inside the op, so that compiled graphs are checked too."""
+    if slot.numel() == 0:
+        return
+    low, high = (int(value) for value in torch.aminmax(slot))
+    if low < 0 or high >= slots:
+        raise ValueError(f"slot: expected 0..{slots - 1} (the bank has {slots} slots), got {low if low < 0 else high}")
+
+
+def groups(slot: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Split a batch by network, slots with equally many samples together, so that each set is one batched product.
+
+    Padding is never needed, and there are at most about sqrt(2 B) sets.
+
+    Args:
+        slot: [B] int64.
+
+    Yields:
+        slots [G] ascending and rows [G, n]: the samples of each slot, in batch order; both on the CPU.
+    """
+    slot = slot.cpu()
+    order = torch.argsort(slot, stable=True)
+    slots, counts = torch.unique_consecutive(slot[order], return_counts=True)
+    first = torch.cumsum(counts, 0) - counts
+    for count in torch.unique(counts).tolist():
+        chosen = counts == count
+        yield slots[chosen], order[first[chosen][:, None] + torch.arange(count)]
+
+
+def _take(weights: list[Tensor], slots: Tensor) -> list[Tensor]:
+    """The weights of some slots (ascending), without a copy for one slot and for all of them."""
+    if len(slots) == 1:
+        only = int(slots[0])
+        return [weight[only : only + 1] for weight in weights]
+    if len(slots) == weights[0].shape[0]:
+        return weights
+    slots = slots.to(weights[0].device)
+    return [weight[slots] for weight in weights]
