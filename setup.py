@@ -108,7 +108,7 @@ def extension_arguments() -> dict:
     try:
         torch = import_torch()
     except ImportError as error:
-        problem = f"torch could not be imported at build time ({error}); install torch first, then csikernels again"
+        problem = f"torch was not found at build time ({error}): install torch, then csikernels --no-build-isolation"
     else:
         problem = compiler_problem()
     if problem:

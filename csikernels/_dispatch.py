@@ -143,12 +143,12 @@ def check_backend(name: str) -> None:
 
 
 def _why_not(name: str) -> str:
+    if name in ("cuda", "triton") and not torch.cuda.is_available():
+        return "torch sees no CUDA device"
     if name in ("cpp", "cuda") and _load.extension is None:
         return _load.missing_reason or "the extension was not built"
     if name == "cpp":
         return "no op has a C++ kernel in this build"
-    if not torch.cuda.is_available():
-        return "torch sees no CUDA device"
     if name == "cuda":
         return "the extension was built without CUDA (see build_info())"
     return "triton is not installed, or no op has a Triton kernel"
