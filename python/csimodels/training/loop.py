@@ -247,8 +247,8 @@ class Trainer:
         rate = self._learning_rate(state.step, total)
         for group, scale in zip(self.optimizer.param_groups, self._scales, strict=True):
             group["lr"] = rate * scale
-        with accelerator.autocast():
-            loss = self.loss(self.model, batch)
+        # accelerate autocasts the prepared model's forward; the loss around it stays in full precision.
+        loss = self.loss(self.model, batch)
         if len(share) * accelerator.num_processes != len(index):
             # Shares of unequal size: the plain mean over processes would favour the samples of the smaller ones.
             loss = loss * (len(share) * accelerator.num_processes / len(index))
