@@ -27,17 +27,32 @@ def _save(figure: plt.Figure, path: Path) -> None:
 
 
 def line_figure(
-    path: Path, panels: Mapping[str, Mapping[str, Curve]], x_label: str, title: str, *, steps: bool = False
+    path: Path,
+    panels: Mapping[str, Mapping[str, Curve]],
+    x_label: str,
+    title: str,
+    *,
+    steps: bool = False,
+    unscaled: str | None = None,
 ) -> None:
-    """One panel per quantity, one line per label: ``panels[y_label][label] = (x, y)``; ``steps`` draws a CDF."""
+    """One panel per quantity, one line per label: ``panels[y_label][label] = (x, y)``.
+
+    ``steps`` draws a CDF. The curve labelled ``unscaled`` does not stretch the axis; what lies beyond is in the legend.
+    """
     figure, axes = plt.subplots(1, len(panels), figsize=(5.2 * len(panels) + 0.6, 4.2), squeeze=False)
     for axis, (y_label, curves) in zip(axes[0], panels.items(), strict=True):
         for index, (label, (x, y)) in enumerate(curves.items()):
             colour, marker = _COLOURS[index % len(_COLOURS)], _MARKERS[index % len(_MARKERS)]
             if steps:
                 axis.step(x, y, where="post", color=colour, label=label)
-            else:
-                axis.plot(x, y, color=colour, marker=marker, markersize=5, label=label)
+                continue
+            rest = [value for name, (_, values) in curves.items() if name != unscaled for value in values]
+            if label == unscaled and rest:
+                low, high = _limits(rest)
+                outside = [f"{value:.1f}" for value in y if not low <= value <= high]
+                axis.set_ylim(low, high)
+                label += f" (off scale: {', '.join(outside)})" if outside else ""
+            axis.plot(x, y, color=colour, marker=marker, markersize=5, label=label)
         axis.set_xlabel(x_label)
         axis.set_ylabel(y_label)
         axis.grid(alpha=0.3)
@@ -46,14 +61,32 @@ def line_figure(
     _save(figure, path)
 
 
-def bar_figure(path: Path, groups: Mapping[str, Mapping[str, float]], y_label: str, title: str) -> None:
-    """Grouped bars: ``groups[label][group] = value``, one colour per label."""
+def _limits(values: Sequence[float]) -> tuple[float, float]:
+    margin = 0.12 * (max(values) - min(values) or 1.0)
+    return min(values) - margin, max(values) + margin
+
+
+def bar_figure(
+    path: Path, groups: Mapping[str, Mapping[str, float]], y_label: str, title: str, *, unscaled: str | None = None
+) -> None:
+    """Grouped bars from 0 down: ``groups[label][group] = value``, one colour per label.
+
+    The bars labelled ``unscaled`` do not stretch the axis; those that are cut off carry their value.
+    """
     names = list(next(iter(groups.values())))
     figure, axis = plt.subplots(figsize=(1.6 + 1.5 * len(names), 4.4))
     width = 0.85 / len(groups)
+    floor = 1.15 * min(value for label, values in groups.items() if label != unscaled for value in values.values())
+    axis.set_ylim(floor, 0)
     for index, (label, values) in enumerate(groups.items()):
         positions = [place - 0.425 + width * (index + 0.5) for place in range(len(names))]
-        axis.bar(positions, [values[name] for name in names], width, label=label, color=_COLOURS[index % len(_COLOURS)])
+        heights = [values[name] for name in names]
+        axis.bar(positions, heights, width, label=label, color=_COLOURS[index % len(_COLOURS)])
+        if label == unscaled:
+            for position, height in zip(positions, heights, strict=True):
+                if height < floor:
+                    place = (position - width / 2, floor)
+                    axis.annotate(f"{height:.0f}", place, ha="right", va="bottom", rotation=90, fontsize=7)
     axis.set_xticks(range(len(names)), names)
     axis.set_ylabel(y_label)
     axis.grid(axis="y", alpha=0.3)

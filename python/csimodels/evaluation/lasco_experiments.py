@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from csimodels.evaluation.figures import Curve, line_figure
-from csimodels.evaluation.lasco_runs import AdaptTask, Row, mean, run_tasks
+from csimodels.evaluation.lasco_runs import AdaptTask, Row, mean, pooled_nmse_db, run_tasks, select
 from csimodels.evaluation.tables import markdown_table
 from csimodels.models.lasco import ADAPTED_METHODS, LABELS, METHODS
 from csimodels.training.adapt import AdaptConfig
@@ -136,26 +136,28 @@ def fig6(s: Settings) -> Outcome:
     panels: dict[str, dict[str, Curve]] = {"NMSE (dB)": {}, "GCS": {}}
     table = []
     for method in METHODS:
-        values = {
-            name: [mean(rows, name, method=method, codeword_length=m) for m in s.codeword_lengths]
-            for name in ("nmse_db", "gcs")
-        }
-        panels["NMSE (dB)"][LABELS[method]] = (s.codeword_lengths, values["nmse_db"])
-        panels["GCS"][LABELS[method]] = (s.codeword_lengths, values["gcs"])
-        table.append([LABELS[method], *(f"{a:.2f} / {b:.3f}" for a, b in zip(*values.values(), strict=True))])
+        for y_label, name in (("NMSE (dB)", "nmse_db"), ("GCS", "gcs")):
+            values = [mean(rows, name, method=method, codeword_length=m) for m in s.codeword_lengths]
+            panels[y_label][LABELS[method]] = (s.codeword_lengths, values)
+        table.append([LABELS[method], *(_scores(rows, method=method, codeword_length=m) for m in s.codeword_lengths)])
     for method, _ in _LMMSE_START:
-        nmse, gcs = (mean(start, name, method=method) for name in ("nmse_db", "gcs"))
         dashes = ["-"] * (len(s.codeword_lengths) - 1)
-        table.append([f"{LABELS[method]}, LMMSE start", *dashes, f"{nmse:.2f} / {gcs:.3f}"])
-    report = "NMSE (dB) / GCS, mean over environments:\n\n"
+        table.append([f"{LABELS[method]}, LMMSE start", *dashes, _scores(start, method=method)])
+    report = "NMSE (dB), mean over environments (pooled over all samples) / GCS:\n\n"
     report += markdown_table(["method", *(f"M = {m}" for m in s.codeword_lengths)], table)
     report += f"\nPer environment at M = {s.longest}, NMSE (dB):\n\n" + _per_environment(s, rows)
 
     def draw(folder: Path) -> Path:
-        line_figure(folder / "lasco-fig6.png", panels, "codeword length M", f"LASCO, Fig. 6 ({s.preset} preset)")
+        title = f"LASCO, Fig. 6 ({s.preset} preset)"
+        line_figure(folder / "lasco-fig6.png", panels, "codeword length M", title, unscaled=LABELS["lmmse"])
         return folder / "lasco-fig6.png"
 
     return Outcome(rows + start, report, draw)
+
+
+def _scores(rows: Sequence[Row], **match: Any) -> str:
+    chosen = select(rows, **match)
+    return f"{mean(chosen, 'nmse_db'):.2f} ({pooled_nmse_db(chosen):.2f}) / {mean(chosen, 'gcs'):.3f}"
 
 
 def _per_environment(s: Settings, rows: Sequence[Row]) -> str:
@@ -227,6 +229,7 @@ def fig8(s: Settings) -> Outcome:
             {"NMSE (dB)": curves},
             "training samples",
             f"LASCO, Fig. 8 ({s.preset} preset, M = {s.longest})",
+            unscaled=LABELS["lmmse"],
         )
         return folder / "lasco-fig8.png"
 
@@ -334,6 +337,7 @@ def richness(s: Settings) -> Outcome:
             {"NMSE (dB)": curves},
             "ray patches per environment",
             f"LASCO: richness of the environment ({s.preset} preset, M = {s.longest})",
+            unscaled=LABELS["lmmse"],
         )
         return folder / "lasco-richness.png"
 

@@ -10,6 +10,7 @@ import concurrent.futures
 import dataclasses
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -178,13 +179,28 @@ def _read_rows(path: Path) -> dict[str, list[Row]]:
     return finished
 
 
-def mean(rows: Iterable[Row], value: str, **match: Any) -> float:
-    """Mean of ``value`` over the rows whose fields equal ``match`` (dB values are averaged in dB).
+def select(rows: Iterable[Row], **match: Any) -> list[Row]:
+    """The rows whose fields equal ``match``.
 
     Raises:
         ValueError: no row matches.
     """
-    chosen = [row[value] for row in rows if all(row[name] == wanted for name, wanted in match.items())]
+    chosen = [row for row in rows if all(row[name] == wanted for name, wanted in match.items())]
     if not chosen:
         raise ValueError(f"rows: expected at least one with {match}, got none")
-    return sum(chosen) / len(chosen)
+    return chosen
+
+
+def mean(rows: Iterable[Row], value: str, **match: Any) -> float:
+    """Mean of ``value`` over the rows that :func:`select` picks (dB values are averaged in dB)."""
+    chosen = select(rows, **match)
+    return sum(row[value] for row in chosen) / len(chosen)
+
+
+def pooled_nmse_db(rows: Iterable[Row]) -> float:
+    """NMSE in dB of all rows' test samples together: mean of ratios, whereas :func:`mean` averages dB values.
+
+    The rows must have equally many test samples. Hard environments weigh more here, easy ones more in the mean of dB.
+    """
+    ratios = [10 ** (row["nmse_db"] / 10) for row in rows]
+    return 10 * math.log10(sum(ratios) / len(ratios))
