@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import csimodels
-from csimodels.channels.hdf5 import ChannelFile, write_channels
+from csimodels.channels.hdf5 import ChannelReader, write_channels
 
 ROOT = Path(__file__).parents[1]
 
@@ -42,7 +42,7 @@ def stored(tmp_path):
 
 def test_everything_comes_back(stored):
     h, path = stored
-    with ChannelFile(path) as file:
+    with ChannelReader(path) as file:
         assert len(file) == 300 and (file.antennas, file.subcarriers) == (4, 6)
         assert torch.equal(file.read(), h)
         assert file.environment.tolist() == [5] * 300 and file.los.all() and file.los.dtype == bool
@@ -67,7 +67,7 @@ def test_everything_comes_back(stored):
 )
 def test_parts_in_any_order(stored, selection):
     h, path = stored
-    with ChannelFile(path) as file:
+    with ChannelReader(path) as file:
         part = file.read(selection)
     expected = h.numpy()[selection if len(np.shape(selection)) == 0 or len(selection) else slice(0)]
     assert part.dtype == torch.complex64 and np.array_equal(part.numpy(), expected)
@@ -76,7 +76,7 @@ def test_parts_in_any_order(stored, selection):
 @pytest.mark.parametrize("size", [1, 128, 299, 1000])
 def test_blocks_are_the_whole(stored, size):
     h, path = stored
-    with ChannelFile(path) as file:
+    with ChannelReader(path) as file:
         blocks = list(file.blocks(size))
         assert max(len(block) for block in blocks) == min(size, 300)
         assert torch.equal(torch.cat(blocks), h)
@@ -90,7 +90,7 @@ def test_columns_per_sample(tmp_path):
         writer.append(h[:0], environment=9, los=True)
         writer.append(h[4:], environment=np.arange(6), los=False)
         assert len(writer) == 10
-    with ChannelFile(path) as file:
+    with ChannelReader(path) as file:
         assert file.environment.tolist() == [1, 2, 3, 4, 0, 1, 2, 3, 4, 5]
         assert file.los.tolist() == [True, False, True, False] + [False] * 6
         assert torch.equal(file.read(file.environment == 2), h[[1, 6]])
@@ -98,7 +98,7 @@ def test_columns_per_sample(tmp_path):
 
 def test_non_contiguous_samples(tmp_path):
     h = samples(12, 6, 4).mT[::2]
-    with ChannelFile(write(tmp_path / "channels.h5", h)) as file:
+    with ChannelReader(write(tmp_path / "channels.h5", h)) as file:
         assert torch.equal(file.read(), h)
 
 
@@ -169,7 +169,7 @@ def test_bad_files_are_not_begun(tmp_path, options, message):
 
 def test_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError, match="x.h5"):
-        ChannelFile(tmp_path / "x.h5")
+        ChannelReader(tmp_path / "x.h5")
 
 
 @pytest.mark.parametrize("size", [0, 100, 3000, -1])
@@ -177,17 +177,17 @@ def test_truncated_files_are_refused(stored, size):
     whole = stored[1].read_bytes()
     stored[1].write_bytes(whole[:size])
     with pytest.raises(ValueError, match="empty|truncated|not an HDF5 file"):
-        ChannelFile(stored[1])
+        ChannelReader(stored[1])
 
 
 def test_other_files_are_refused(tmp_path):
     (tmp_path / "text.h5").write_text("not HDF5\n" * 1000)
     with pytest.raises(ValueError, match="not an HDF5 file"):
-        ChannelFile(tmp_path / "text.h5")
+        ChannelReader(tmp_path / "text.h5")
     with h5py.File(tmp_path / "foreign.h5", "w") as file:
         file["h"] = np.zeros((2, 3, 4), np.complex64)
     with pytest.raises(ValueError, match="not a channel file of csimodels"):
-        ChannelFile(tmp_path / "foreign.h5")
+        ChannelReader(tmp_path / "foreign.h5")
 
 
 @pytest.mark.parametrize(
@@ -210,14 +210,14 @@ def test_inconsistent_files_are_refused(stored, change, message):
     with h5py.File(stored[1], "r+") as file:
         change(file)
     with pytest.raises(ValueError, match=message):
-        ChannelFile(stored[1])
+        ChannelReader(stored[1])
 
 
 def test_nan_in_a_file_is_counted_and_named(stored):
     with h5py.File(stored[1], "r+") as file:
         for index in (280, 41, 270):
             file["h"][index, 0, 0] = np.nan
-    with ChannelFile(stored[1]) as file:
+    with ChannelReader(stored[1]) as file:
         with pytest.raises(ValueError, match="3 of 300 samples are not finite, the first is 41"):
             file.check()
         with pytest.raises(ValueError, match="2 of 3 samples are not finite, the first is sample 270"):
@@ -233,7 +233,7 @@ def test_a_damaged_chunk_is_noticed(stored):
     data = bytearray(stored[1].read_bytes())
     data[where + 100] ^= 0x10
     stored[1].write_bytes(data)
-    with ChannelFile(stored[1]) as file:
+    with ChannelReader(stored[1]) as file:
         assert len(file.read(slice(0, 256))) == 256
         with pytest.raises(ValueError, match="damaged"):
             file.read([299])
@@ -245,12 +245,12 @@ def test_a_damaged_chunk_is_noticed(stored):
     "selection", [[300], [-301], [0.5], [[1]], np.ones(299, bool)], ids=["high", "low", "float", "2-D", "short mask"]
 )
 def test_bad_selections_are_refused(stored, selection):
-    with ChannelFile(stored[1]) as file, pytest.raises(IndexError, match="selection: expected"):
+    with ChannelReader(stored[1]) as file, pytest.raises(IndexError, match="selection: expected"):
         file.read(selection)
 
 
 def test_bad_block_size(stored):
-    with ChannelFile(stored[1]) as file, pytest.raises(ValueError, match="size"):
+    with ChannelReader(stored[1]) as file, pytest.raises(ValueError, match="size"):
         next(file.blocks(0))
 
 
@@ -266,7 +266,7 @@ def test_an_exception_leaves_the_old_file(stored):
         writer.append(h, environment=1, los=False)
         raise KeyboardInterrupt
     assert [entry.name for entry in path.parent.iterdir()] == ["channels.h5"]
-    with ChannelFile(path) as file:
+    with ChannelReader(path) as file:
         assert file.generator == "test"
 
 
@@ -310,7 +310,7 @@ def test_a_full_disk_leaves_the_old_file(stored):
     for line in output.splitlines():
         assert line.startswith(f"{errno.EFBIG} ") and "nothing was changed" in line and str(stored[1]) in line
     assert [entry.name for entry in stored[1].parent.iterdir()] == ["channels.h5"]
-    with ChannelFile(stored[1]) as file:
+    with ChannelReader(stored[1]) as file:
         assert file.generator == "test" and torch.equal(file.read(), stored[0])
 
 
@@ -319,5 +319,5 @@ def test_a_kill_leaves_the_old_file(stored):
     assert process.stdout.readline() == "writing\n"
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=300)
-    with ChannelFile(stored[1]) as file:
+    with ChannelReader(stored[1]) as file:
         assert file.generator == "test" and torch.equal(file.read(), stored[0])

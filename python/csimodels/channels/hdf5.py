@@ -139,7 +139,7 @@ def write_channels(
         disk.raise_failure()
 
 
-class ChannelFile:
+class ChannelReader:
     """A channel file, open for reading; samples stay on disk until they are asked for.
 
     Attributes:
@@ -276,7 +276,7 @@ class ChannelFile:
         """Close the file; reading afterwards is an error."""
         self._file.close()
 
-    def __enter__(self) -> ChannelFile:
+    def __enter__(self) -> ChannelReader:
         return self
 
     def __exit__(self, *exception: object) -> None:
