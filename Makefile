@@ -31,10 +31,11 @@ demo: $(STAMP)
 	$(BIN)/csimodels demo
 
 demo-checkpoints: $(STAMP)
-	$(BIN)/csimodels pretrain --model base --preset laptop --out runs/checkpoints/base
-	$(BIN)/csimodels pretrain --model reference --preset laptop --out runs/checkpoints/reference
 	mkdir -p $(ASSETS)
 	for model in base reference; do \
+		$(BIN)/csimodels pretrain --model $$model --out runs/checkpoints/$$model/first && \
+		$(BIN)/csimodels pretrain --model $$model --out runs/checkpoints/$$model \
+			--initial runs/checkpoints/$$model/first/model.safetensors --epochs 8 --learning-rate 5e-4 && \
 		cp runs/checkpoints/$$model/model.safetensors $(ASSETS)/$$model.safetensors && \
 		cp runs/checkpoints/$$model/log.json $(ASSETS)/$$model.json || exit 1; \
 	done

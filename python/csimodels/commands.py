@@ -125,7 +125,7 @@ def pretrain(
         )
         accelerator = make_accelerator(task.train)
         if data is None:
-            source = pretrain_data(preset)
+            source = pretrain_data(preset, continued=initial is not None)
         else:
             source = split_data(_read_channels(data), {"file": str(data), "sha256": digest(data)})
         with progress(f"pre-training {model}") as update:

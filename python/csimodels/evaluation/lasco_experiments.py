@@ -18,7 +18,7 @@ from csimodels.models.lasco import ADAPTED_METHODS, LABELS, METHODS
 from csimodels.training.adapt import AdaptConfig
 from csimodels.training.lasco_presets import check_preset
 
-SAM_SIZES = ((1, 32), (2, 64), (4, 64), (2, 128))
+SAM_SIZES = ((1, 32), (2, 64), (4, 64))
 _LMMSE_START = (("pretrained_lam", None), ("finetuned_sam", None), ("e_lasco", None))
 
 

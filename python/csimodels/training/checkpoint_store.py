@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from csimodels.assets import shipped_checkpoint
 from csimodels.files import digest
-from csimodels.training.lasco_presets import LAPTOP_CODEWORD_LENGTH, pretrain_data, pretrain_task
+from csimodels.training.lasco_presets import LAPTOP_CODEWORD_LENGTH, SECOND_STAGE, pretrain_data, pretrain_task
 from csimodels.training.loop import make_accelerator
 from csimodels.training.pretrain import pretrain
 
@@ -51,24 +52,31 @@ class CheckpointStore:
         run_dir = self.folder / f"{self.preset}-{model}-m{codeword_length}{detail}"
         path = run_dir / "model.safetensors"
         if not path.exists():
-            if self.on_start is not None:
-                self.on_start(f"pre-training {run_dir.name} ({self.preset} preset)")
-            task = pretrain_task(
-                model,
-                self.preset,
-                codeword_length,
-                sam_layers=sam_layers,
-                sam_width=sam_width,
-                initial_checkpoint=str(shipped_checkpoint(model)) if shipped else None,
-            )
-            data = pretrain_data(self.preset)
-            pretrain(
-                task,
-                data.source,
-                data.validation,
-                run_dir,
-                accelerator=make_accelerator(task.train),
-                data_description=data.description,
-                on_step=self.on_step,
-            )
+            changes: dict[str, Any] = {"sam_layers": sam_layers, "sam_width": sam_width}
+            if shipped:
+                changes["initial_checkpoint"] = str(shipped_checkpoint(model))
+            elif self.preset == "laptop":
+                # In two stages, as the shipped models were, so that they can be compared.
+                first = self._pretrain(run_dir / "first", model, codeword_length, changes)
+                changes |= {"initial_checkpoint": str(first), **SECOND_STAGE}
+            self._pretrain(run_dir, model, codeword_length, changes)
         return str(path)
+
+    def _pretrain(self, run_dir: Path, model: str, codeword_length: int, changes: dict[str, Any]) -> Path:
+        path = run_dir / "model.safetensors"
+        if path.exists():
+            return path
+        if self.on_start is not None:
+            self.on_start(f"pre-training {run_dir.relative_to(self.folder)} ({self.preset} preset)")
+        task = pretrain_task(model, self.preset, codeword_length, **changes)
+        data = pretrain_data(self.preset, continued=task.initial_checkpoint is not None)
+        pretrain(
+            task,
+            data.source,
+            data.validation,
+            run_dir,
+            accelerator=make_accelerator(task.train),
+            data_description=data.description,
+            on_step=self.on_step,
+        )
+        return path
