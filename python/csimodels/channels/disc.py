@@ -166,6 +166,8 @@ class DiscEnvironment:
             raise ValueError(f"count: expected at least 0, got {count}")
         if seed < 0:
             raise ValueError(f"seed: expected at least 0, got {seed}")
+        if dtype not in (torch.complex64, torch.complex128):
+            raise ValueError(f"dtype: expected torch.complex64 or torch.complex128, got {dtype}")
         rng = np.random.default_rng([self.seed, self.index, 1, seed])
         displacement = self._draw_disc(rng, count)
         nearest = np.linalg.norm(displacement[:, None] - self.patch_centres[None], axis=2).argmin(axis=1)
