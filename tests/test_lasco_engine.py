@@ -253,8 +253,13 @@ def test_errors_say_what_to_change(backend):
     ]:
         with pytest.raises(kind, match=message):
             LascoEngine(base, bank)(h_in, slot)
-    engine = LascoEngine(lam(ODD), bank)
+
+    def never(h):
+        raise AssertionError("the base ran on a bad call")
+
+    engine = LascoEngine(never, bank)
     for kind, message, args in [
+        (TypeError, "slot: expected an int64 tensor", (h_in, slot.int())),
         (TypeError, "h_in: expected dtype torch.float32", (h_in.double(), slot)),
         (ValueError, r"h_in: expected shape \[B, 5, 3\]", (h_in[0], slot)),
         (TypeError, "h_in: expected a tensor, got int", (1, slot)),

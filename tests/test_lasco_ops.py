@@ -254,6 +254,15 @@ def test_empty_batch_has_zero_gradients(backend):
     assert all(not parameter.grad.any() for parameter in bank.parameters())
 
 
+def test_a_second_derivative_is_refused(backend):
+    bank, _, _ = bank_of(2, ODD, torch.float64)
+    h_in, base_output, slot = inputs([0, 1], ODD, torch.float64)
+    loss = lasco_forward(h_in.requires_grad_(), base_output, bank, slot).square().sum()
+    (first,) = torch.autograd.grad(loss, h_in, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        first.sum().backward()
+
+
 def test_opcheck(backend, opcheck):
     sizes = {**ODD, "layers": 1}
     bank, _, _ = bank_of(3, sizes, torch.float64, norm_first=True, final_norm=True)

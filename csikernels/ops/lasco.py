@@ -68,7 +68,7 @@ def lasco_forward(h_in: Tensor, base_output: Tensor, bank: SamBank, slot: Tensor
         raise ValueError(
             f"base_output: expected the shape of h_in, {tuple(h_in.shape)}, got {tuple(base_output.shape)}"
         )
-    _check_slot_tensor(slot, h_in)
+    check_slot(slot, h_in)
     output, _ = torch.ops.csikernels.lasco_forward(
         h_in,
         base_output,
@@ -103,7 +103,8 @@ def check_input(value: Tensor, name: str, bank: SamBank) -> None:
         raise ValueError(f"{name}: expected a tensor on {bank.device} (where the bank is), got one on {value.device}")
 
 
-def _check_slot_tensor(slot: Tensor, h_in: Tensor) -> None:
+def check_slot(slot: Tensor, h_in: Tensor) -> None:
+    """Raise unless ``slot`` is [B] int64 in reach of ``h_in``; its values are the op's to check."""
     if not isinstance(slot, Tensor) or slot.dtype != torch.int64:
         raise TypeError(f"slot: expected an int64 tensor, got {getattr(slot, 'dtype', type(slot).__name__)}")
     if slot.ndim != 1 or slot.shape[0] != h_in.shape[0]:
@@ -163,4 +164,9 @@ def _backward(ctx, grad, _):
     return grad_h, grad_base, None, grad_alpha, grads, [None] * len(reference_weights), [None] * ctx.packed, *rest
 
 
+def _refuse_second_derivative(ctx, *grads):
+    raise RuntimeError("lasco_forward: differentiable once, a second derivative was asked for")
+
+
 torch.library.register_autograd("csikernels::lasco_forward", _backward, setup_context=_setup_context)
+torch.library.register_autograd("csikernels::lasco_backward", _refuse_second_derivative)

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from csikernels._arrays import accepts_arrays
-from csikernels.ops.lasco import check_input, lasco_forward
+from csikernels.ops.lasco import check_input, check_slot, lasco_forward
 from csikernels.ops.lasco_bank import SamBank
 from csikernels.ops.lasco_layout import Architecture, LayoutError, check_usable, matrices_of, read_layout, weight_names
+from csikernels.reference.lasco import check_slot_values
 
 _PRECISIONS = ("float32", "bfloat16", "int8", "float64")
 _QUANTIZED = ("qkv_weight", "proj_weight", "up_weight", "down_weight")
@@ -87,6 +88,9 @@ class LascoEngine:
             if not isinstance(h_in, Tensor):
                 raise TypeError(f"h_in: expected a tensor, got {type(h_in).__name__}")
             check_input(h_in, "h_in", self.bank)
+            check_slot(slot, h_in)
+            if slot.device.type == "cpu":  # elsewhere it would wait for the device; the op checks again anyway
+                check_slot_values(slot, self.bank.slots)
             return lasco_forward(h_in, self._base_output(h_in), self.bank, slot)
 
     @property

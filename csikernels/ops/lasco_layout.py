@@ -99,24 +99,13 @@ def read_layout(module: nn.Module, name: str) -> tuple[Architecture, list[Tensor
     if not isinstance(module, nn.Module):
         raise TypeError(f"{name}: expected an nn.Module, got {type(module).__name__}")
     linear_in, position, encoder, linear_out = _find_parts(module, name)
-    blocks = [_read_block(block, f"{name}.encoder.layers[{i}]") for i, block in enumerate(encoder.layers)]
-    if not blocks:
-        raise LayoutError(f"{name}: expected an encoder of at least one layer, got none")
-    norms = [norm for block in encoder.layers for norm in (block.norm1, block.norm2)]
-    weights = [*_affine(linear_in, f"{name}: input"), position]
-    weights += [weight for block in blocks for weight in block]
-    if encoder.norm is not None:
-        if not isinstance(encoder.norm, nn.LayerNorm):
-            raise LayoutError(f"{name}: expected an nn.LayerNorm as final norm, got {type(encoder.norm).__name__}")
-        norms.append(encoder.norm)
-        weights += _affine(encoder.norm, f"{name}: final norm")
-    weights += _affine(linear_out, f"{name}: output")
-
-    first = encoder.layers[0]
+    inner, norms = _read_encoder(encoder, name)
+    weights = [*_affine(linear_in, f"{name}: input"), position, *inner, *_affine(linear_out, f"{name}: output")]
+    first: Any = encoder.layers[0]
     architecture = Architecture(
         tokens=position.shape[0],
         features=linear_in.in_features,
-        layers=len(blocks),
+        layers=len(encoder.layers),
         width=first.self_attn.embed_dim,
         heads=_the_one([block.self_attn.num_heads for block in encoder.layers], f"{name}: heads"),
         feedforward=first.linear1.out_features,
@@ -196,6 +185,23 @@ def _find_parts(module: nn.Module, name: str) -> tuple[nn.Linear, Tensor, nn.Tra
             f"{name}: expected the forward of nn.TransformerEncoder, got that of {type(encoder).__name__}"
         )
     return linears[0], position, encoder, linears[1]
+
+
+def _read_encoder(encoder: nn.TransformerEncoder, name: str) -> tuple[list[Tensor], list[nn.LayerNorm]]:
+    """The weights between input and output projection, and all normalisations."""
+    if not len(encoder.layers):
+        raise LayoutError(f"{name}: expected an encoder of at least one layer, got none")
+    weights: list[Tensor] = []
+    norms: list[Any] = []
+    for index, block in enumerate(encoder.layers):
+        weights += _read_block(block, f"{name}.encoder.layers[{index}]")
+        norms += [block.norm1, block.norm2]
+    if encoder.norm is not None:
+        if not isinstance(encoder.norm, nn.LayerNorm):
+            raise LayoutError(f"{name}: expected an nn.LayerNorm as final norm, got {type(encoder.norm).__name__}")
+        weights += _affine(encoder.norm, f"{name}: final norm")
+        norms.append(encoder.norm)
+    return weights, norms
 
 
 def _read_block(block: Any, name: str) -> list[Tensor]:
