@@ -37,7 +37,8 @@ demo-checkpoints: $(STAMP)
 		$(BIN)/csimodels pretrain --model $$model --out runs/checkpoints/$$model \
 			--initial runs/checkpoints/$$model/first/model.safetensors --epochs 8 --learning-rate 5e-4 && \
 		cp runs/checkpoints/$$model/model.safetensors $(ASSETS)/$$model.safetensors && \
-		cp runs/checkpoints/$$model/log.json $(ASSETS)/$$model.json || exit 1; \
+		cp runs/checkpoints/$$model/log.json $(ASSETS)/$$model.json && \
+		cp runs/checkpoints/$$model/first/log.json $(ASSETS)/$$model-first.json || exit 1; \
 	done
 
 test: $(STAMP)

@@ -47,8 +47,8 @@ def pretrain_data(preset: str, *, continued: bool = False) -> PretrainData:
     """Pre-training channels of the built-in generator, as :mod:`csimodels.channels.presets` describes them.
 
     ``laptop``: fresh positions in each epoch, validated on environments never trained on. ``continued`` takes 4,000
-    other environments: a small base model does worse on unseen environments than on the 1,000 it has been trained on,
-    and new ones close that gap. ``paper``: all samples pooled and split 8:1:1 (8 GB of memory).
+    other environments, so that longer training also means more variety. ``paper``: all samples pooled and split 8:1:1
+    (8 GB of memory).
     """
     check_preset(preset)
     chosen = data_preset(preset)
