@@ -64,7 +64,7 @@ LAPTOP = DataPreset(
     fresh_positions=True,
     validation=range(1001, 1041),
     validation_samples=50,
-    adaptation=range(1101, 1111),
+    adaptation=range(1101, 1107),
     adaptation_samples=(1_000, 125, 1_000),
 )
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from csimodels.assets import shipped_checkpoint
 from csimodels.channels.environment import CellConfig, Environment
+from csimodels.channels.presets import data_preset
 from csimodels.evaluation.figures import bar_figure, heat_maps, line_figure
 from csimodels.evaluation.lasco_runs import AdaptTask, Row, mean, pooled_nmse_db, run_tasks
 from csimodels.evaluation.tables import markdown_table
@@ -21,7 +22,7 @@ from csimodels.training.loop import make_accelerator
 
 # Fresh: neither pre-training (1 to 1000), validation (1001 to 1040) nor the experiments (1101 on) use them.
 ENVIRONMENTS = (1201, 1202, 1203, 1204)
-SAMPLES = (1000, 125, 1000)
+SAMPLES = data_preset("laptop").adaptation_samples
 ALPHAS = (0.1, 0.4, 0.7, 1.0, 1.5)
 _LMMSE_START = (("pretrained_lam", None), ("finetuned_sam", None), ("e_lasco", None))
 

@@ -11,14 +11,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from csimodels.channels.presets import data_preset
 from csimodels.evaluation.figures import Curve, line_figure
 from csimodels.evaluation.lasco_runs import AdaptTask, Row, mean, pooled_nmse_db, run_tasks, select
 from csimodels.evaluation.tables import markdown_table
 from csimodels.models.lasco import ADAPTED_METHODS, LABELS, METHODS
 from csimodels.training.adapt import AdaptConfig
-from csimodels.training.lasco_presets import check_preset
 
 SAM_SIZES = ((1, 32), (2, 64), (4, 64))
+_ALPHAS_PAPER = tuple(round(0.1 * step, 1) for step in range(1, 21))
 _LMMSE_START = (("pretrained_lam", None), ("finetuned_sam", None), ("e_lasco", None))
 
 
@@ -86,35 +87,23 @@ def settings(
     on_done: Callable[[int, int, AdaptTask], None] | None = None,
 ) -> Settings:
     """The preset's settings; rows are kept in ``out``."""
-    check_preset(preset)
 
     def run(tasks: Sequence[AdaptTask]) -> list[Row]:
         return run_tasks(tasks, out, workers=workers, on_done=on_done)
 
-    if preset == "paper":
-        return Settings(
-            preset,
-            environments=range(101, 111),
-            codeword_lengths=(100, 110, 120, 130, 140, 150),
-            train=8000,
-            validation=1000,
-            test=1000,
-            sample_counts=(1000, 2000, 4000, 6000, 8000),
-            alphas=tuple(round(0.1 * step, 1) for step in range(1, 21)),
-            adapt=AdaptConfig.paper(),
-            checkpoint=checkpoint,
-            run=run,
-        )
+    data = data_preset(preset)
+    train, validation, test = data.adaptation_samples
+    paper = preset == "paper"
     return Settings(
         preset,
-        environments=range(1101, 1107),
-        codeword_lengths=(128, 192, 256),
-        train=1000,
-        validation=125,
-        test=1000,
-        sample_counts=(250, 500, 1000, 2000),
-        alphas=(0.1, 0.3, 0.5, 0.7, 0.9, 1.2, 1.6, 2.0),
-        adapt=AdaptConfig.laptop(),
+        environments=data.adaptation,
+        codeword_lengths=(100, 110, 120, 130, 140, 150) if paper else (128, 192, 256),
+        train=train,
+        validation=validation,
+        test=test,
+        sample_counts=(1000, 2000, 4000, 6000, 8000) if paper else (250, 500, 1000, 2000),
+        alphas=_ALPHAS_PAPER if paper else (0.1, 0.3, 0.5, 0.7, 0.9, 1.2, 1.6, 2.0),
+        adapt=AdaptConfig.paper() if paper else AdaptConfig.laptop(),
         checkpoint=checkpoint,
         run=run,
     )
