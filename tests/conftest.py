@@ -90,3 +90,23 @@ def threads() -> Iterator[Callable[[int], None]]:
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def lasco_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Checkpoints of a tiny base LAM and reference SAM; see :mod:`tiny_lasco`."""
+    from tiny_lasco import make_checkpoints
+
+    return make_checkpoints(tmp_path_factory.mktemp("lasco"))
+
+
+@pytest.fixture
+def shipped(lasco_checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
+    """The tiny checkpoints in place of those shipped in the package."""
+    import csimodels.assets
+    import csimodels.evaluation.demo
+    import csimodels.training.checkpoint_store
+
+    for module in (csimodels.assets, csimodels.evaluation.demo, csimodels.training.checkpoint_store):
+        monkeypatch.setattr(module, "shipped_checkpoint", lasco_checkpoints.__getitem__)
+    return lasco_checkpoints

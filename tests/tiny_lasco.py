@@ -1,4 +1,4 @@
-"""LASCO at a size that adapts in a tenth of a second: small checkpoints for 32 x 32 channels, few samples and epochs."""
+"""LASCO at a size that adapts in a moment: small checkpoints for 32 x 32 channels, few samples and epochs."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ def make_checkpoints(folder: Path) -> dict[str, Path]:
     """``"base"`` and ``"reference"``, pre-trained for a few steps on two environments."""
     h = torch.cat([Environment(CellConfig(), index, 0).sample(64) for index in (1, 2)])
     config = TrainConfig(epochs=3, batch_size=32, learning_rate=3e-3)
-    paths = {}
+    paths, threads = {}, torch.get_num_threads()
+    torch.set_num_threads(1)
     for name, architecture in (("base", BASE), ("reference", SAM)):
         pretrain(
             PretrainTask(architecture, CodecConfig(codeword_length=LENGTH), config),
@@ -43,6 +44,7 @@ def make_checkpoints(folder: Path) -> dict[str, Path]:
             data_description={},
         )
         paths[name] = folder / name / "model.safetensors"
+    torch.set_num_threads(threads)
     return paths
 
 

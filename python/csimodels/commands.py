@@ -146,12 +146,18 @@ def pretrain(
             )
 
 
-def _read_channels(path: Path) -> torch.Tensor:
+def _read_channels(path: Path, *, one_environment: bool = False) -> torch.Tensor:
     """All channels of a project HDF5 file, checked."""
     from csimodels.channels.hdf5 import ChannelReader
 
     with ChannelReader(path) as reader:
-        return reader.read(slice(None))
+        indices = sorted(set(reader.environment.tolist()))
+        if one_environment and len(indices) > 1:
+            raise ValueError(
+                f"{path}: expected one environment to adapt to, got {len(indices)}; make a file of one with "
+                f"csimodels generate FILE --environments {indices[0]} --samples 3000"
+            )
+        return reader.read()
 
 
 def _load_models(base: Path | None, reference: Path | None) -> tuple[Any, Any, Any, dict[str, str]]:
@@ -167,12 +173,14 @@ def _load_models(base: Path | None, reference: Path | None) -> tuple[Any, Any, A
     return freeze(base_model), freeze(reference_model), RandomProjectionCodec(codec), identity
 
 
-def _channels(data: Path | None, environment: int | None, count: int, draw: int) -> tuple[torch.Tensor, dict[str, Any]]:
+def _channels(
+    data: Path | None, environment: int | None, count: int, draw: int, *, one_environment: bool = False
+) -> tuple[torch.Tensor, dict[str, Any]]:
     """All channels of a file, or ``count`` positions of a built-in environment; and what identifies them."""
     from csimodels.channels.environment import CellConfig, Environment
 
     if data is not None and environment is None:
-        return _read_channels(data), {"sha256": digest(data)}
+        return _read_channels(data, one_environment=one_environment), {"sha256": digest(data)}
     if data is None and environment is not None:
         return Environment(CellConfig(), environment, 0).sample(count, seed=draw), {"environment": environment}
     raise ValueError("data, environment: expected exactly one of --data FILE and --environment INDEX")
@@ -224,7 +232,7 @@ def adapt(
         if threads:
             torch.set_num_threads(threads)
         counts = (train, validation, test)
-        h, source = _channels(data, environment, sum(counts), draw=0)
+        h, source = _channels(data, environment, sum(counts), draw=0, one_environment=True)
         base_model, reference_model, codec, identity = _load_models(base, reference)
         description = {**source, **identity, "split": counts}
         adapter = Adapter(

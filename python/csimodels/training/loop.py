@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list
 from torch import nn
 
@@ -106,6 +107,9 @@ def make_accelerator(config: TrainConfig, *, cpu: bool = False) -> Accelerator:
     if precision == "auto":
         device = torch.device("cuda" if torch.cuda.is_available() and not cpu else "cpu")
         precision = "bf16" if supports_bf16(device) else "no"
+    # accelerate keeps one precision per process, but an adaptation may follow a pre-training of another.
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
+        AcceleratorState._reset_state()
     accelerator = Accelerator(mixed_precision=precision, cpu=cpu)
     if accelerator.num_processes < launched:
         raise RuntimeError(
