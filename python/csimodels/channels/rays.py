@@ -17,7 +17,7 @@ import math
 import torch
 
 SPEED_OF_LIGHT = 299_792_458.0
-_BLOCK = 512  # items at a time, so that the intermediate [group, item, antenna] stays in the cache
+_BLOCK = 4096  # items at a time, which bounds the intermediates to some tens of megabytes
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
