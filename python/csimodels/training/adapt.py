@@ -63,7 +63,9 @@ class AdaptConfig:
     @classmethod
     def laptop(cls, **changes: Any) -> AdaptConfig:
         """Seconds per environment on a CPU core: batch 64, at most 40 epochs, patience 10."""
-        train = TrainConfig(epochs=40, batch_size=64, schedule="constant", patience=10, initial_candidate=True)
+        train = TrainConfig(
+            epochs=40, batch_size=64, schedule="constant", patience=10, mixed_precision="auto", initial_candidate=True
+        )
         return cls(train, **changes)
 
 
