@@ -8,6 +8,7 @@ that backend and nothing else.
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import subprocess
 import sys
@@ -90,6 +91,16 @@ def threads() -> Iterator[Callable[[int], None]]:
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def small_models(threads: Callable[[int], None]) -> Iterator[None]:
+    """For tests that train many tiny models: more threads make these slower, and so does searching all of torch's
+    objects for garbage after each."""
+    threads(1)
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

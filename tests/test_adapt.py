@@ -27,12 +27,7 @@ TRAIN = TrainConfig(
     epochs=4, batch_size=16, learning_rate=3e-3, schedule="constant", patience=10, initial_candidate=True, save_every=3
 )
 DESCRIPTION = {"environment": 2}
-
-
-@pytest.fixture(autouse=True)
-def one_thread(threads):
-    """Models this small are slower on more."""
-    threads(1)
+pytestmark = pytest.mark.usefixtures("small_models")
 
 
 @pytest.fixture(scope="module")

@@ -19,11 +19,7 @@ from csimodels.training import checkpoint_store
 from csimodels.training.checkpoint_store import CheckpointStore
 from csimodels.training.lasco_presets import SECOND_STAGE, PretrainData, pretrain_task
 
-
-@pytest.fixture(autouse=True)
-def one_thread(threads):
-    """Models this small are slower on more."""
-    threads(1)
+pytestmark = pytest.mark.usefixtures("small_models")
 
 
 @pytest.fixture
