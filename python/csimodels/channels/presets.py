@@ -146,18 +146,11 @@ def generate_dataset(
         raise ValueError(f"indices: expected at least one, each once, got {len(indices)} of {len(set(indices))}")
     if per_environment < 1:
         raise ValueError(f"per_environment: expected at least 1, got {per_environment}")
-    parameters = {
-        "cell": cell.to_dict(),
-        "indices": indices,
-        "per_environment": per_environment,
-        "options": options,
-    }
+    parameters = {"cell": cell.to_dict(), "indices": indices, "per_environment": per_environment, "options": options}
     # Refused arguments are reported before a file is begun.
     make_environment(generator, cell, indices[0], seed, **options)
-    antennas, subcarriers = len(cell.array), cell.grid.subcarriers
-    with write_channels(
-        path, antennas=antennas, subcarriers=subcarriers, generator=generator, parameters=parameters, seed=seed
-    ) as writer:
+    described: dict[str, Any] = {"generator": generator, "parameters": parameters, "seed": seed}
+    with write_channels(path, antennas=len(cell.array), subcarriers=cell.grid.subcarriers, **described) as writer:
         for done, index in enumerate(indices, start=1):
             environment = make_environment(generator, cell, index, seed, **options)
             writer.append(environment.sample(per_environment), environment=index, los=environment.los)
