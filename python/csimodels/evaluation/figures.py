@@ -19,8 +19,8 @@ _COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#CC79A7", "#E69F00", "#D55E00", "#
 _MARKERS = "osv^DPX*"
 
 
-def _save(figure: plt.Figure, path: Path) -> None:
-    figure.tight_layout()
+def _save(figure: plt.Figure, path: Path, bottom: float = 0.0) -> None:
+    figure.tight_layout(rect=(0, bottom, 1, 1))
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=150, format="png")
     plt.close(figure)
@@ -37,28 +37,38 @@ def line_figure(
 ) -> None:
     """One panel per quantity, one line per label: ``panels[y_label][label] = (x, y)``.
 
-    ``steps`` draws a CDF. The curve labelled ``unscaled`` does not stretch the axis; what lies beyond is in the legend.
+    ``steps`` draws a CDF. The curve labelled ``unscaled`` does not stretch the axis; its values are noted if they lie
+    beyond. Panels with the same labels share a legend.
     """
-    figure, axes = plt.subplots(1, len(panels), figsize=(5.2 * len(panels) + 0.6, 4.2), squeeze=False)
+    figure, axes = plt.subplots(1, len(panels), figsize=(5.2 * len(panels) + 0.6, 4.6), squeeze=False)
     for axis, (y_label, curves) in zip(axes[0], panels.items(), strict=True):
         for index, (label, (x, y)) in enumerate(curves.items()):
             colour, marker = _COLOURS[index % len(_COLOURS)], _MARKERS[index % len(_MARKERS)]
             if steps:
                 axis.step(x, y, where="post", color=colour, label=label)
                 continue
+            axis.plot(x, y, color=colour, marker=marker, markersize=5, label=label)
             rest = [value for name, (_, values) in curves.items() if name != unscaled for value in values]
             if label == unscaled and rest:
                 low, high = _limits(rest)
-                outside = [f"{value:.1f}" for value in y if not low <= value <= high]
                 axis.set_ylim(low, high)
-                label += f" (off scale: {', '.join(outside)})" if outside else ""
-            axis.plot(x, y, color=colour, marker=marker, markersize=5, label=label)
+                if not all(low <= value <= high for value in y):
+                    values = ", ".join(f"{value:.3g}" for value in y)
+                    axis.text(0.02, 0.02, f"off scale: {label} {values}", transform=axis.transAxes, fontsize=7)
         axis.set_xlabel(x_label)
         axis.set_ylabel(y_label)
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
     figure.suptitle(title)
-    _save(figure, path)
+    drawn = [axis.get_legend_handles_labels() for axis in axes[0]]
+    if all(labels == drawn[0][1] for _, labels in drawn):
+        columns = min(4, len(drawn[0][1]))
+        rows = -(-len(drawn[0][1]) // columns)
+        figure.legend(*drawn[0], loc="lower center", ncols=columns, fontsize=8)
+        _save(figure, path, bottom=0.02 + 0.055 * rows)
+    else:
+        for axis in axes[0]:
+            axis.legend(fontsize=8)
+        _save(figure, path)
 
 
 def _limits(values: Sequence[float]) -> tuple[float, float]:
