@@ -87,7 +87,7 @@ def machine_table() -> str:
         else f"{info['cuda_reason']}",
         "triton": info["triton"] or "not installed",
         "CPU capability": info["cpu_capability"] or "no extension",
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }
     return "\n".join(["| | |", "| --- | --- |", *(f"| {key} | {value} |" for key, value in rows.items())])
 
