@@ -108,7 +108,7 @@ def bar_figure(
 
 def heat_maps(path: Path, images: Mapping[str, torch.Tensor], title: str) -> None:
     """``|H|`` side by side on one colour scale; each image complex ``[antenna, subcarrier]``."""
-    magnitudes = {label: image.abs().cpu() for label, image in images.items()}
+    magnitudes = {label: image.abs().cpu().numpy() for label, image in images.items()}
     top = max(float(magnitude.max()) for magnitude in magnitudes.values())
     figure, axes = plt.subplots(1, len(images), figsize=(3.1 * len(images) + 0.8, 3.5), squeeze=False, sharey=True)
     for axis, (label, magnitude) in zip(axes[0], magnitudes.items(), strict=True):
