@@ -1,6 +1,6 @@
 # make install        a virtual environment in .venv with everything for development
 # make demo           the main job on unseen environments, with table and figures
-# make demo-checkpoints  the demo's pre-trained models, from a fixed seed (about an hour)
+# make demo-checkpoints  the demo's pre-trained models, from a fixed seed (over an hour)
 # make test | bench | lint
 # make cuda-check     build against a CUDA build of torch and list the architectures (no GPU needed)
 # make gpu-report     all tests and benches on a GPU, as one Markdown file
@@ -14,6 +14,7 @@ ASSETS := python/csimodels/assets/lasco
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+TEST_STAMP := $(VENV)/.installed-test
 CPP_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 
 .PHONY: install demo demo-checkpoints test bench lint cuda-check gpu-report
@@ -25,6 +26,11 @@ $(STAMP): pyproject.toml setup.py $(CPP_FILES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet "$(TORCH)" "setuptools>=77" ninja
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[dev]"
+	touch $@
+
+# The tests also compare with Sionna, bitsandbytes and PEFT; without these extras they would skip.
+$(TEST_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[dev,llm,sionna]"
 	touch $@
 
 demo: $(STAMP)
@@ -41,7 +47,7 @@ demo-checkpoints: $(STAMP)
 		cp runs/checkpoints/$$model/first/log.json $(ASSETS)/$$model-first.json || exit 1; \
 	done
 
-test: $(STAMP)
+test: $(TEST_STAMP)
 	$(BIN)/python -m pytest -q -m "not slow"
 
 bench: $(STAMP)
