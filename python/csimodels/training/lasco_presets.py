@@ -1,4 +1,4 @@
-"""The two sizes at which LASCO is pre-trained: ``paper`` (section IV) and ``laptop`` (over an hour on two CPU cores)."""
+"""The two sizes at which LASCO is pre-trained: ``paper`` (section IV) and ``laptop`` (over an hour on two cores)."""
 
 from __future__ import annotations
 
