@@ -20,23 +20,29 @@ from csimodels.files import digest, write_json, write_text
 app = typer.Typer(
     name="csimodels",
     cls=OneLineErrors,
-    help="Models, channels and experiments for AI-based CSI feedback. Start with: csimodels demo",
+    help="Models, channels and experiments for AI-based CSI feedback. Start with: csimodels demo\n\n"
+    "For a site of your own: generate (or write) a file of its channels, adapt to it, evaluate.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-Preset = Annotated[str, typer.Option(help="laptop (minutes on two CPU cores) or paper (the paper's sizes and epochs)")]
+Preset = Annotated[str, typer.Option(help="laptop (for two CPU cores) or paper (the paper's sizes and epochs)")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; default: all cores")]
 Workers = Annotated[int | None, typer.Option(min=1, help="processes; default: one per core")]
 OutFolder = Annotated[Path, typer.Option(file_okay=False, help="output folder; an interrupted run there is continued")]
 EnvironmentIndex = Annotated[int | None, typer.Option(min=1, help="or: index of a built-in environment, such as 1201")]
-BasePath = Annotated[Path | None, typer.Option(help="base LAM checkpoint; default: the one shipped in the package")]
-ReferencePath = Annotated[Path | None, typer.Option(help="reference SAM checkpoint; default: the shipped one")]
+BasePath = Annotated[Path | None, typer.Option(help="checkpoint of the base model (LAM); default: the shipped one")]
+ReferencePath = Annotated[
+    Path | None, typer.Option(help="checkpoint of the reference model (SAM); default: the shipped one")
+]
 
 
 @app.command()
 def info() -> None:
-    """Show versions, the kernels' backends on this machine, and what optional extras are installed."""
+    """Show versions, the kernels' backends on this machine, and what optional extras are installed.
+
+    Example: csimodels info
+    """
     from importlib.util import find_spec
 
     table = Table("build", "value")
@@ -74,11 +80,14 @@ def generate(
     out: Annotated[Path, typer.Argument(dir_okay=False, help="HDF5 file to write, such as site.h5")],
     environments: Annotated[str, typer.Option(help="indices, such as 1-100,105; odd are NLOS, even LOS")] = "101-110",
     samples: Annotated[int, typer.Option(min=1, help="UE positions per environment")] = 1000,
-    generator: Annotated[str, typer.Option(help="builtin or sionna (needs the extra)")] = "builtin",
-    seed: Annotated[int, typer.Option(min=0, help="of the cell")] = 0,
+    generator: Annotated[str, typer.Option(help="builtin, or sionna (needs the extra sionna)")] = "builtin",
+    seed: Annotated[int, typer.Option(min=0, help="seed of the cell that the environments lie in")] = 0,
     patches: Annotated[int, typer.Option(min=1, help="independent ray sets per environment")] = 1,
 ) -> None:
-    """Draw channels of LASCO's setting (32 antennas, 32 subcarriers, 2.655 GHz, UMi) into an HDF5 file."""
+    """Draw channels of LASCO's setting (32 antennas, 32 subcarriers, 2.655 GHz, UMi) into an HDF5 file.
+
+    Example: csimodels generate site.h5 --environments 1301 --samples 3000
+    """
     with reported():
         from csimodels.channels.environment import CellConfig
         from csimodels.channels.presets import generate_dataset
@@ -97,16 +106,23 @@ def pretrain(
     model: Annotated[str, typer.Option(help="base (the LAM) or reference (the SAM)")],
     out: OutFolder,
     preset: Preset = "laptop",
-    codeword_length: Annotated[int, typer.Option(help="M, 1 to 2048")] = 256,
+    codeword_length: Annotated[int, typer.Option(help="M, the reals fed back per sample: 1 to 2048")] = 256,
     data: Annotated[Path | None, typer.Option(help="HDF5 file to train on, split 8:1:1; default: the preset's")] = None,
-    initial: Annotated[Path | None, typer.Option(help="checkpoint to start from (any codeword length)")] = None,
-    epochs: Annotated[int | None, typer.Option(min=1, help="default: the preset's")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="over all processes; default: the preset's")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="peak; default: the preset's")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="of weights and batch order")] = None,
+    initial: Annotated[Path | None, typer.Option(help="checkpoint to start from, of any codeword length")] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="passes over the data; default: the preset's")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="samples per step, over all processes; default: the preset's")
+    ] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="peak learning rate; default: the preset's")] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="seed of weights and batch order; default: the preset's")
+    ] = None,
     threads: Threads = None,
 ) -> None:
-    """Pre-train LASCO's base LAM or reference SAM (step 1). Scales out under torchrun or accelerate launch."""
+    """Pre-train LASCO's base LAM or reference SAM (step 1). Scales out under torchrun or accelerate launch.
+
+    Example: csimodels pretrain --model reference --out runs/reference
+    """
     with reported():
         from csimodels.training.lasco_presets import pretrain_data, pretrain_task, split_data
         from csimodels.training.loop import make_accelerator
@@ -208,7 +224,11 @@ def adapt(
     data: Annotated[Path | None, typer.Option(help="HDF5 file with one environment's channels")] = None,
     environment: EnvironmentIndex = None,
     method: Annotated[
-        str, typer.Option(help="finetuned_sam, baseline_a, lasco_no_reference, lasco or e_lasco")
+        str,
+        typer.Option(
+            help="e_lasco (learns how much of the large model to use), lasco (with a fixed alpha), "
+            "lasco_no_reference, baseline_a (random start) or finetuned_sam (the small model alone)"
+        ),
     ] = "e_lasco",
     base: BasePath = None,
     reference: ReferencePath = None,
@@ -217,13 +237,19 @@ def adapt(
     alpha: Annotated[
         float | None, typer.Option(help="lasco's coefficient (default 0.7), or where e_lasco starts (default 1)")
     ] = None,
-    train: Annotated[int, typer.Option(min=2, help="training samples, the first in the file")] = 1000,
-    validation: Annotated[int, typer.Option(min=1, help="validation samples, the next ones")] = 125,
-    test: Annotated[int, typer.Option(min=1, help="test samples, the ones after that")] = 1000,
+    train: Annotated[int | None, typer.Option(min=2, help="training samples, the first; default: the preset's")] = None,
+    validation: Annotated[
+        int | None, typer.Option(min=1, help="validation samples, the next ones; default: the preset's")
+    ] = None,
+    test: Annotated[int | None, typer.Option(min=1, help="test samples, after these; default: the preset's")] = None,
     threads: Threads = None,
 ) -> None:
-    """Adapt a small model to one environment (step 2); writes proxy.safetensors and result.json."""
+    """Adapt a small model to one environment (step 2); writes proxy.safetensors and result.json.
+
+    Example: csimodels adapt --data site.h5 --out runs/site
+    """
     with reported():
+        from csimodels.channels.presets import data_preset
         from csimodels.training.adapt import Adapter, EnvironmentData
         from csimodels.training.loop import make_accelerator
         from csimodels.training.proxy_file import save_proxy
@@ -231,7 +257,8 @@ def adapt(
         config = _adapt_config(preset, method, initial, alpha)
         if threads:
             torch.set_num_threads(threads)
-        counts = (train, validation, test)
+        defaults = data_preset(preset).adaptation_samples
+        counts = (train or defaults[0], validation or defaults[1], test or defaults[2])
         h, source = _channels(data, environment, sum(counts), draw=0, one_environment=True)
         base_model, reference_model, codec, identity = _load_models(base, reference)
         description = {**source, **identity, "split": counts}
@@ -269,6 +296,8 @@ def evaluate(
     """Score the pre-trained models, and an adapted proxy, on channels: NMSE and GCS.
 
     Samples of a file that the proxy was adapted on are left out.
+
+    Example: csimodels evaluate --data site.h5 --proxy runs/site/proxy.safetensors
     """
     with reported():
         from csimodels.training.proxy_file import load_proxy
@@ -292,7 +321,7 @@ def evaluate(
 
 @app.command()
 def experiment(
-    name: Annotated[str | None, typer.Argument(help="see --list")] = None,
+    name: Annotated[str | None, typer.Argument(help="which one; --list names them all")] = None,
     preset: Preset = "laptop",
     out: Annotated[Path, typer.Option(file_okay=False, help="output folder, shared by all experiments")] = Path(
         "runs/experiments"
@@ -300,7 +329,10 @@ def experiment(
     workers: Workers = None,
     show_list: Annotated[bool, typer.Option("--list", help="name every experiment with its figure")] = False,
 ) -> None:
-    """Run a paper's experiment; writes NAME.json, NAME.md and NAME.png. Interrupted runs continue."""
+    """Run a paper's experiment; writes NAME.json, NAME.md and NAME.png. Interrupted runs continue.
+
+    Example: csimodels experiment lasco-fig6
+    """
     with reported():
         from csimodels.evaluation.lasco_experiments import EXPERIMENTS, settings
         from csimodels.training.checkpoint_store import CheckpointStore
@@ -339,7 +371,10 @@ def demo(
     out: OutFolder = Path("runs/demo"),
     workers: Workers = None,
 ) -> None:
-    """Adapt the shipped large model to four environments it has never seen, and compare all methods."""
+    """Adapt the shipped large model to four environments it has never seen, and compare all methods.
+
+    Example: csimodels demo
+    """
     with reported():
         from csimodels.evaluation.demo import run_demo, table_rows
 
