@@ -110,14 +110,15 @@ def heat_maps(path: Path, images: Mapping[str, torch.Tensor], title: str) -> Non
     """``|H|`` side by side on one colour scale; each image complex ``[antenna, subcarrier]``."""
     magnitudes = {label: image.abs().cpu().numpy() for label, image in images.items()}
     top = max(float(magnitude.max()) for magnitude in magnitudes.values())
-    figure, axes = plt.subplots(1, len(images), figsize=(3.1 * len(images) + 0.8, 3.5), squeeze=False, sharey=True)
+    figure, axes = plt.subplots(
+        1, len(images), figsize=(3.1 * len(images) + 0.8, 3.5), squeeze=False, sharey=True, layout="constrained"
+    )
     for axis, (label, magnitude) in zip(axes[0], magnitudes.items(), strict=True):
         drawn = axis.imshow(magnitude, aspect="auto", origin="lower", vmin=0, vmax=top, cmap="viridis")
         axis.set_title(label, fontsize=10)
         axis.set_xlabel("subcarrier")
     axes[0][0].set_ylabel("antenna")
     figure.suptitle(title)
-    figure.tight_layout()
     figure.colorbar(drawn, ax=axes[0].tolist(), label="|H|")
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=150, format="png")
