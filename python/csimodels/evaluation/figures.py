@@ -34,11 +34,12 @@ def line_figure(
     *,
     steps: bool = False,
     unscaled: str | None = None,
+    ticks: Sequence[str] | None = None,
 ) -> None:
     """One panel per quantity, one line per label: ``panels[y_label][label] = (x, y)``.
 
     ``steps`` draws a CDF. The curve labelled ``unscaled`` does not stretch the axis; its values are noted if they lie
-    beyond. Panels with the same labels share a legend.
+    beyond. ``ticks`` names the places 0, 1, ... on the x axis. Panels with the same labels share a legend.
     """
     figure, axes = plt.subplots(1, len(panels), figsize=(5.2 * len(panels) + 0.6, 4.6), squeeze=False)
     for axis, (y_label, curves) in zip(axes[0], panels.items(), strict=True):
@@ -55,15 +56,17 @@ def line_figure(
                 if not all(low <= value <= high for value in y):
                     values = ", ".join(f"{value:.3g}" for value in y)
                     axis.text(0.02, 0.02, f"off scale: {label} {values}", transform=axis.transAxes, fontsize=7)
+        if ticks is not None:
+            axis.set_xticks(range(len(ticks)), ticks)
         axis.set_xlabel(x_label)
         axis.set_ylabel(y_label)
         axis.grid(alpha=0.3)
     figure.suptitle(title)
     drawn = [axis.get_legend_handles_labels() for axis in axes[0]]
     if all(labels == drawn[0][1] for _, labels in drawn):
-        columns = min(4, len(drawn[0][1]))
+        columns = min(2 + len(panels), len(drawn[0][1]))
         rows = -(-len(drawn[0][1]) // columns)
-        figure.legend(*drawn[0], loc="lower center", ncols=columns, fontsize=8)
+        figure.legend(*drawn[0], loc="lower center", ncols=columns, fontsize=7)
         _save(figure, path, bottom=0.02 + 0.055 * rows)
     else:
         for axis in axes[0]:

@@ -297,8 +297,9 @@ def fig10(s: Settings) -> Outcome:
         line_figure(
             folder / "lasco-fig10.png",
             {"NMSE (dB)": curves},
-            "SAM size: " + ", ".join(f"{index} = {tag}" for index, tag in enumerate(tags)),
+            "SAM size (blocks x width)",
             f"LASCO, Fig. 10 ({s.preset} preset)",
+            ticks=tags,
         )
         return folder / "lasco-fig10.png"
 
