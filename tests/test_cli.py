@@ -1,24 +1,18 @@
-"""The command line as a newcomer meets it: help, a site from file to scores, and one line for every mistake."""
+"""The command line as a newcomer meets it: a site from file to scores, and one line for every mistake."""
 
 from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
-import torch
+from command_line import refuse, succeed
 from tiny_lasco import SAMPLES, save_random
-from tiny_training import environment
-from typer.testing import CliRunner
 
-import csikernels
 from csimodels.channels.hdf5 import ChannelReader
-from csimodels.commands import app
 from csimodels.models.lasco import LABELS
 from csimodels.training import adapt as adapt_module
 from csimodels.training import lasco_presets
@@ -26,34 +20,9 @@ from csimodels.training.checkpoint import load_checkpoint
 from csimodels.training.loop import TrainConfig
 from csimodels.training.proxy_file import load_proxy
 
-COMMANDS = ("info", "generate", "pretrain", "adapt", "evaluate", "experiment", "demo")
 COUNTS = [f"--{name}={count}" for name, count in zip(("train", "validation", "test"), SAMPLES, strict=True)]
 
 pytestmark = pytest.mark.usefixtures("small_models")
-
-
-def run(*arguments: object):
-    """Exit code, stdout and stderr of ``csimodels ARGUMENTS``, in this process."""
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "200"})
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result.exit_code, result.stdout, result.stderr
-
-
-def succeed(*arguments: object) -> str:
-    code, out, err = run(*arguments)
-    assert code == 0, err
-    return out
-
-
-def refuse(*arguments: object, code: int = 2) -> str:
-    """The one line on stderr with which the command ends, without its ``error:``."""
-    found, out, err = run(*arguments)
-    assert found == code, (out, err)
-    lines = [line for line in err.splitlines() if not re.match(r"\w.* ━+", line)]  # but a progress bar
-    assert len(lines) == 1, err
-    assert lines[0].startswith("error: ")
-    return lines[0].removeprefix("error: ")
 
 
 @pytest.fixture(autouse=True)
@@ -72,43 +41,6 @@ def site(tmp_path_factory) -> Path:
     out = succeed("generate", path, "--environments", 1301, "--samples", sum(SAMPLES) + 4)
     assert out == f"wrote {sum(SAMPLES) + 4} samples of 1 environment to {path}\n"
     return path
-
-
-# Help -----------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_has_help_that_explains_every_option(command):
-    out = succeed(command, "--help")
-    assert f"Usage: csimodels {command}" in out
-    assert f"Example: csimodels {command}" in out
-    parameters = re.findall(r"^│ [* ]? *(--[\w-]+|\w+) (.*)│$", out, re.MULTILINE)
-    for name, rest in parameters:
-        text = re.sub(r"(--[\w-]+|<\w+>|INTEGER|TEXT|PATH|FLOAT|FILE|DIRECTORY|RANGE|\[.*?\]|-\w\b)", "", rest)
-        assert len(text.split()) >= 2 or name == "--help", f"{name}: {rest}"
-
-
-def test_help_lists_the_commands_and_where_to_start():
-    out = succeed("--help")
-    assert all(re.search(rf"^│ {command} +\w", out, re.MULTILINE) for command in COMMANDS)
-    assert "csimodels demo" in out
-
-
-def test_without_a_command_the_help_is_shown():
-    code, out, err = run()
-    assert code == 2
-    assert "Usage:" in out + err
-    assert "error:" not in out + err
-
-
-def test_info_shows_builds_backends_and_extras():
-    out = succeed("info")
-    assert re.search(rf"version +│ {re.escape(csikernels.build_info()['version'])} ", out)
-    assert re.search(rf"torch +│ {re.escape(torch.__version__)} ", out)
-    for op, devices in csikernels.backends().items():
-        assert re.search(rf" {op} +│ {', '.join(devices['cpu'])} ", out)
-    for extra in ("sionna", "raytracing", "llm", "cuda"):
-        assert re.search(rf" {extra} +│ (yes|no: pip install 'csikernels\[{extra}\]') ", out)
 
 
 # From a generated file to scores --------------------------------------------------------------------------------------
@@ -405,30 +337,3 @@ def test_a_diverging_training_exits_with_1(site, tmp_path):
 def test_error_texts_are_shown_as_they_are(tmp_path):
     path = tmp_path / "[bold]odd[/bold] name.h5"
     assert refuse("evaluate", "--data", path) == f"{path}: no such file"
-
-
-# The installed command ------------------------------------------------------------------------------------------------
-
-
-def console_script(*arguments: object, **variables: str) -> subprocess.CompletedProcess:
-    script = Path(sys.executable).with_name("csimodels")
-    command = [str(script)] if script.exists() else [sys.executable, "-m", "csimodels.cli"]
-    return subprocess.run(
-        [*command, *map(str, arguments)], env={**environment(), **variables}, capture_output=True, text=True
-    )
-
-
-def test_the_console_script_reports_through_its_exit_code(tmp_path):
-    bad = console_script("evaluate", "--data", tmp_path / "no.h5")
-    assert (bad.returncode, bad.stdout, bad.stderr) == (2, "", f"error: {tmp_path}/no.h5: no such file\n")
-    good = console_script("generate", tmp_path / "a.h5", "--environments", 1301, "--samples", 2)
-    assert good.returncode == 0, good.stderr
-    assert good.stdout == f"wrote 2 samples of 1 environment to {tmp_path}/a.h5\n"
-
-
-def test_a_missing_dependency_is_named(tmp_path):
-    (tmp_path / "typer.py").write_text("raise ModuleNotFoundError(\"No module named 'typer'\", name='typer')\n")
-    paths = environment()["PYTHONPATH"]
-    result = console_script("info", PYTHONPATH=f"{tmp_path}:{paths}")
-    expected = "error: csimodels needs the package 'typer': pip install 'csikernels[models]'\n"
-    assert (result.returncode, result.stdout, result.stderr) == (1, "", expected)
