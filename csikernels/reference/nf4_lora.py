@@ -122,12 +122,11 @@ def linear(
     """
     dtype = _product_dtype(x, lora_a, lora_b, bias)
     n, k = lora_b.shape[0], x.shape[-1]
-    with torch.autocast(x.device.type, enabled=False):  # it reaches into ops and would compute in bfloat16
-        rows = x.reshape(-1, k).to(dtype)
-        out = rows @ dequantize(packed, absmax, [n, k], block_size, dtype).T
-        out.addmm_(rows @ lora_a.to(dtype).T, lora_b.to(dtype).T, alpha=scaling)
-        if bias is not None:
-            out += bias.to(dtype)
+    rows = x.reshape(-1, k).to(dtype)
+    out = rows @ dequantize(packed, absmax, [n, k], block_size, dtype).T
+    out.addmm_(rows @ lora_a.to(dtype).T, lora_b.to(dtype).T, alpha=scaling)
+    if bias is not None:
+        out += bias.to(dtype)
     return out.to(x.dtype).view(*x.shape[:-1], n)
 
 
@@ -152,18 +151,17 @@ def linear_backward(
     n, k = lora_b.shape[0], x.shape[-1]
     wants_x, wants_a, wants_b, wants_bias = output_mask
     grad_x, grad_a, grad_b = x.new_empty(0), lora_a.new_empty(0), lora_b.new_empty(0)
-    with torch.autocast(x.device.type, enabled=False):
-        out, rows = grad.reshape(-1, n).to(dtype), x.reshape(-1, k).to(dtype)
-        a, b = lora_a.to(dtype), lora_b.to(dtype)
-        inner = out @ b  # gradient of x A^T, up to the scaling
-        if wants_x:
-            grad_x = out @ dequantize(packed, absmax, [n, k], block_size, dtype)
-            grad_x = grad_x.addmm_(inner, a, alpha=scaling).to(x.dtype).view(x.shape)
-        if wants_a:
-            grad_a = (inner.T @ rows).mul_(scaling).to(lora_a.dtype)
-        if wants_b:
-            grad_b = (out.T @ (rows @ a.T)).mul_(scaling).to(lora_b.dtype)
-        grad_bias = out.sum(dim=0) if wants_bias else out.new_empty(0)
+    out, rows = grad.reshape(-1, n).to(dtype), x.reshape(-1, k).to(dtype)
+    a, b = lora_a.to(dtype), lora_b.to(dtype)
+    inner = out @ b  # gradient of x A^T, up to the scaling
+    if wants_x:
+        grad_x = out @ dequantize(packed, absmax, [n, k], block_size, dtype)
+        grad_x = grad_x.addmm_(inner, a, alpha=scaling).to(x.dtype).view(x.shape)
+    if wants_a:
+        grad_a = (inner.T @ rows).mul_(scaling).to(lora_a.dtype)
+    if wants_b:
+        grad_b = (out.T @ (rows @ a.T)).mul_(scaling).to(lora_b.dtype)
+    grad_bias = out.sum(dim=0) if wants_bias else out.new_empty(0)
     return grad_x, grad_a, grad_b, grad_bias.to(_wide_dtype(grad, x, lora_a, lora_b))
 
 
