@@ -14,12 +14,16 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
 import csikernels
 from csikernels import _load
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 ROOT = Path(__file__).parent.parent
 
@@ -121,3 +125,23 @@ def shipped(lasco_checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch)
     for module in (csimodels.assets, csimodels.evaluation.demo, csimodels.training.checkpoint_store):
         monkeypatch.setattr(module, "shipped_checkpoint", lasco_checkpoints.__getitem__)
     return lasco_checkpoints
+
+
+@pytest.fixture
+def fresh_accelerate() -> Iterator[None]:
+    """accelerate keeps its precision in process-wide state; a test starts and leaves it anew."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def accelerator(fresh_accelerate: None) -> Accelerator:
+    """On the CPU, for the tiny training runs."""
+    from tiny_training import TRAIN
+
+    from csimodels.training.loop import make_accelerator
+
+    return make_accelerator(TRAIN, cpu=True)

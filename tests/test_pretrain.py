@@ -6,29 +6,15 @@ import math
 
 import pytest
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from tiny_training import CODEC, MODEL, TRAIN, channels, names, train, weights
 
 from csimodels.channels.source import FixedSource
 from csimodels.models.channel_transformer import ChannelTransformer
 from csimodels.models.projection import RandomProjectionCodec
 from csimodels.training.checkpoint import load_checkpoint, save_checkpoint
-from csimodels.training.loop import make_accelerator
 from csimodels.training.pretrain import PretrainTask, pretrain, validation_nmse_db
 
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    """accelerate keeps its precision in process-wide state; every test starts and leaves it anew."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-@pytest.fixture
-def accelerator() -> Accelerator:
-    return make_accelerator(TRAIN, cpu=True)
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 def test_pretrain_writes_checkpoint_and_log(tmp_path):

@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from line_training import Line, line_config, line_trainer, scripted
 from tiny_training import CODEC, MODEL, TRAIN, channels, log_without_times, saved_state, train, weights
@@ -16,18 +15,7 @@ from csimodels.training.loop import TrainConfig, make_accelerator, supports_bf16
 from csimodels.training.pretrain import PretrainTask, pretrain
 from csimodels.training.schedule import warmup_cosine
 
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    """accelerate keeps its precision in process-wide state; every test starts and leaves it anew."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-@pytest.fixture
-def accelerator() -> Accelerator:
-    return make_accelerator(TRAIN, cpu=True)
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 # It learns, and the same way every time -------------------------------------------------------------------------------

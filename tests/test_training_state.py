@@ -5,26 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from line_training import Interrupted, Line, interrupt_at, line_config, line_trainer, scripted
 from tiny_training import CODEC, MODEL, TRAIN, log_without_times, names, saved_state, train, weights
 
 from csimodels.files import save_tensors
-from csimodels.training.loop import make_accelerator
 
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    """accelerate keeps its precision in process-wide state; every test starts and leaves it anew."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-@pytest.fixture
-def accelerator() -> Accelerator:
-    return make_accelerator(TRAIN, cpu=True)
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 @pytest.fixture(scope="module")
