@@ -52,8 +52,8 @@ test: $(TEST_STAMP)
 
 bench: $(STAMP)
 	@mkdir -p $(dir $(BENCH_JSON))
-	$(BIN)/python -m pytest benches -q --benchmark-only --benchmark-group-by=group \
-		--benchmark-columns=median,iqr,rounds --benchmark-json=$(BENCH_JSON)
+	$(BIN)/python -m pytest benches -q --benchmark-only --benchmark-quiet --benchmark-json=$(BENCH_JSON)
+	$(BIN)/python benches/table.py $(BENCH_JSON) --output $(dir $(BENCH_JSON))results
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -19,6 +19,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from table import bench_rows, commit, markdown, output_of
 
 import csikernels
 
@@ -48,29 +49,6 @@ def summarise_tests(report: Path) -> tuple[str, list[str]]:
     return line or "no test ran", sorted(notes)
 
 
-def bench_tables(results: dict) -> str:
-    """pytest-benchmark's JSON -> one Markdown table per group, fastest first."""
-    groups = defaultdict(list)
-    for bench in results["benchmarks"]:
-        groups[bench["group"] or "other"].append(bench)
-    parts = []
-    for group, benches in sorted(groups.items()):
-        benches.sort(key=lambda bench: bench["stats"]["median"])
-        fastest = benches[0]["stats"]["median"]
-        rows = [
-            f"| {bench['name']} | {_microseconds(bench['stats']['median'])} | {_microseconds(bench['stats']['iqr'])} "
-            f"| {bench['stats']['rounds']} | {bench['stats']['median'] / fastest:.2f} |"
-            for bench in benches
-        ]
-        head = ["| bench | median us | IQR us | rounds | time / fastest |", "| --- | ---: | ---: | ---: | ---: |"]
-        parts.append("\n".join([f"### {group}", "", *head, *rows]))
-    return "\n\n".join(parts) or "No bench ran."
-
-
-def _microseconds(seconds: float) -> str:
-    return f"{seconds * 1e6:,.1f}"
-
-
 def machine_table() -> str:
     """What the numbers depend on: GPU, driver, versions, commit."""
     properties = torch.cuda.get_device_properties(0)
@@ -79,7 +57,7 @@ def machine_table() -> str:
     rows = {
         "GPU": f"{torch.cuda.device_count()} x {properties.name}, {properties.total_memory / 2**30:.0f} GiB",
         "compute capability": f"{properties.major}.{properties.minor}, {properties.multi_processor_count} SMs",
-        "driver": next(iter(_output(query).splitlines()), "unknown"),
+        "driver": next(iter(output_of(query).splitlines()), "unknown"),
         "torch": f"{torch.__version__} (CUDA {torch.version.cuda})",
         "csikernels": f"{info['version']} at {commit()}",
         "extension": f"CUDA {info['cuda']}: {', '.join(info['cuda_archs'])}"
@@ -92,25 +70,12 @@ def machine_table() -> str:
     return "\n".join(["| | |", "| --- | --- |", *(f"| {key} | {value} |" for key, value in rows.items())])
 
 
-def commit() -> str:
-    """The short commit, with a mark when tracked files differ from it."""
-    name = _output(["git", "rev-parse", "--short", "HEAD"]).strip() or "an unknown commit"
-    return name + (" with local changes" if _output(["git", "status", "--porcelain", "--untracked-files=no"]) else "")
-
-
-def _output(command: list[str]) -> str:
-    try:
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
-    except FileNotFoundError:
-        return ""
-
-
 def render(machine: str, sections: Iterable[tuple[str, str, list[str]]], benches: str) -> str:
     """The report; ``sections`` are (title, line of counts, notes)."""
     parts = ["# GPU report", machine]
     for title, line, notes in sections:
         parts.append("\n".join([f"## {title}", "", line, *(["", *(f"- {note}" for note in notes)] if notes else [])]))
-    parts.append(f"## Timings\n\nMedians; a group holds one op at one size with its peers.\n\n{benches}")
+    parts.append(f"## Timings\n\nMedians of interleaved rounds.\n\n{benches}")
     return "\n\n".join(parts) + "\n"
 
 
@@ -128,11 +93,12 @@ def main() -> int:
         failed |= run_pytest(["benches", "--benchmark-only", f"--benchmark-json={timings}"], benches)
         sections = [("Tests", *summarise_tests(tests)), ("Benches", *summarise_tests(benches))]
         results = json.loads(timings.read_text()) if timings.exists() and timings.stat().st_size else {"benchmarks": []}
+        rows = bench_rows(results)
     if output is None:
         gpu = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(0).lower()).strip("-")
         output = ROOT / "benches" / "results" / f"{gpu}-{commit().split()[0]}.md"
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(render(machine_table(), sections, bench_tables(results)))
+    output.write_text(render(machine_table(), sections, markdown(rows) if rows else "No bench ran."))
     print(f"gpu-report: wrote {output}")
     return 1 if failed else 0
 

@@ -56,19 +56,6 @@ def test_test_summary_counts_and_names(report, tmp_path):
     assert "skipped: `test_it::test_left_out`: no reason" in notes
 
 
-def test_bench_tables_are_grouped_and_sorted(report):
-    def bench(group, name, median):
-        return {"group": group, "name": name, "stats": {"median": median, "iqr": median / 10, "rounds": 7}}
-
-    text = report.bench_tables(
-        {"benchmarks": [bench("top_m", "torch.topk", 4e-3), bench("top_m", "csikernels", 1e-3), bench(None, "x", 2e-6)]}
-    )
-    assert [line for line in text.splitlines() if line.startswith("#")] == ["### other", "### top_m"]
-    rows = [line for line in text.splitlines() if "csikernels" in line or "torch.topk" in line]
-    assert rows == ["| csikernels | 1,000.0 | 100.0 | 7 | 1.00 |", "| torch.topk | 4,000.0 | 400.0 | 7 | 4.00 |"]
-    assert report.bench_tables({"benchmarks": []}) == "No bench ran."
-
-
 def test_the_machine_is_described(report, monkeypatch):
     card = SimpleNamespace(name="NVIDIA X", total_memory=80 * 2**30, major=9, minor=0, multi_processor_count=132)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: card)
