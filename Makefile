@@ -2,6 +2,7 @@
 # make demo           the main job on unseen environments, with table and figures
 # make demo-checkpoints  the demo's pre-trained models, from a fixed seed (over an hour)
 # make test | bench | lint
+# make asan           the kernel tests under AddressSanitizer and UBSan, on every CPU capability
 # make cuda-check     build against a CUDA build of torch and list the architectures (no GPU needed)
 # make gpu-report     all tests and benches on a GPU, as one Markdown file
 
@@ -17,7 +18,7 @@ STAMP := $(VENV)/.installed
 TEST_STAMP := $(VENV)/.installed-test
 CPP_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 
-.PHONY: install demo demo-checkpoints test bench lint cuda-check gpu-report
+.PHONY: install demo demo-checkpoints test bench lint asan cuda-check gpu-report
 
 install: $(STAMP)
 
@@ -60,6 +61,9 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(CPP_FILES)
 	$(BIN)/mypy
+
+asan: $(TEST_STAMP)
+	VENV=$(VENV) bash .ci/asan
 
 cuda-check:
 	TORCH_CUDA="$(TORCH_CUDA)" PYTHON="$(PYTHON)" bash .ci/cuda-check

@@ -6,6 +6,7 @@ Everything else is in pyproject.toml. Environment:
   CUDA is built when torch is a CUDA build and a matching nvcc is found; whether a GPU is present does not matter.
 - ``TORCH_CUDA_ARCH_LIST`` replaces the default list of GPU architectures; ``CXX`` and ``CUDA_HOME`` choose the
   compilers.
+- ``CSIKERNELS_SANITIZE=1`` adds AddressSanitizer and UndefinedBehaviorSanitizer (``make asan``).
 
 Without torch or a compiler the package installs as pure Python, and ``csikernels.build_info()`` says why.
 """
@@ -33,6 +34,8 @@ CUDA_ARCHS = "8.0;8.6;8.9;9.0a;10.0a;12.0a"
 # libgomp is the one that torch has loaded, so its thread pool and torch.set_num_threads are shared.
 CXX_FLAGS = ["-O3", "-std=c++20", "-Wall", "-fvisibility=hidden", "-ffp-contract=off", "-fopenmp"]
 LINK_FLAGS = ["-fopenmp"]
+# vptr asks for the type information of torch's classes, which is not exported.
+SANITIZE_FLAGS = ["-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=undefined", "-O1", "-g"]
 NVCC_FLAGS = ["-O3", "-std=c++20", "-lineinfo", "-Xcompiler", "-fvisibility=hidden"]
 
 record: dict[str, str | bool | None] = {"cpp": False, "cuda": False, "torch": None, "reason": None, "cuda_reason": None}
@@ -120,14 +123,15 @@ def extension_arguments() -> dict:
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
     record.update(cpp=True, torch=torch.__version__, cuda=wants_cuda(torch, cuda_home))
-    flags, macros = {"cxx": CXX_FLAGS}, [("PY_SSIZE_T_CLEAN", None)]
+    sanitize = SANITIZE_FLAGS if os.environ.get("CSIKERNELS_SANITIZE") == "1" else []
+    flags, macros = {"cxx": CXX_FLAGS + sanitize}, [("PY_SSIZE_T_CLEAN", None)]
     if record["cuda"]:
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHS)
         flags["nvcc"] = NVCC_FLAGS
         macros.append(("CSIKERNELS_WITH_CUDA", None))
     kind, sources = (CUDAExtension, CPP_SOURCES + CUDA_SOURCES) if record["cuda"] else (CppExtension, CPP_SOURCES)
     include = [str(Path(__file__).parent / "csrc")]  # ninja runs in the build folder, so the path is absolute
-    flags_and_links = {"extra_compile_args": flags, "extra_link_args": LINK_FLAGS}
+    flags_and_links = {"extra_compile_args": flags, "extra_link_args": LINK_FLAGS + sanitize}
     extension = kind("csikernels._C", sources, include_dirs=include, define_macros=macros, **flags_and_links)
     return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildExtension}}
 
