@@ -58,10 +58,11 @@ def compiler_problem() -> str | None:
     compiler = os.environ.get("CXX", "c++").split()
     if shutil.which(compiler[0]) is None:
         return f"no C++ compiler: {compiler[0]!r} was not found (set CXX)"
-    command = [*compiler, "-std=c++20", "-fsyntax-only", "-x", "c++", "-I", sysconfig.get_path("include"), "-"]
-    probe = subprocess.run(command, input="#include <Python.h>\n#include <vector>\n", capture_output=True, text=True)
+    include = sysconfig.get_path("include")
+    command = [*compiler, "-std=c++20", "-fsyntax-only", "-x", "c++", "-I", include, "csrc/compiler_probe.h"]
+    probe = subprocess.run(command, capture_output=True, text=True)
     if probe.returncode:
-        return f"{compiler[0]!r} cannot compile a Python extension: {probe.stderr.strip().splitlines()[0]}"
+        return f"{compiler[0]!r} cannot compile the extension: {probe.stderr.strip().splitlines()[0]}"
     return None
 
 
