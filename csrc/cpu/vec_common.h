@@ -24,7 +24,7 @@ struct F32 {
   FloatLanes v;
 };
 
-CSIKERNELS_INLINE F32 broadcast(float a) { return {FloatLanes{} + a}; }
+CSIKERNELS_INLINE F32 broadcast(float a) { return {a - FloatLanes{}}; }  // a + 0 would be an addition: -0 + 0 is +0
 
 CSIKERNELS_INLINE F32 load(const float* p) {
   F32 a;
