@@ -18,7 +18,7 @@ import torch
 import csikernels
 
 ROOT = Path(__file__).resolve().parent.parent
-HEAD = ["case", "implementation", "us", "IQR us", "rate", "of peak", "times as fast as"]
+HEAD = ["case", "implementation", "us", "IQR us", "rate", "of peak", "faster than the peers"]
 
 
 def bench_rows(results: dict) -> list[list[str]]:
@@ -36,7 +36,7 @@ def rows_of(bench: dict) -> list[list[str]]:
             peer: times["median"] / own["median"] for peer, times in info["seconds"].items() if peer not in info["ours"]
         }
         rate, fraction = _rate(info, name, own["median"])
-        against = ", ".join(f"{peer} {ratio:.2f}" for peer, ratio in sorted(peers.items(), key=lambda item: item[1]))
+        against = "; ".join(f"{ratio:.2f}x {peer}" for peer, ratio in sorted(peers.items(), key=lambda item: item[1]))
         rows.append(
             [info["case"], name, _microseconds(own["median"]), _microseconds(own["iqr"]), rate, fraction, against]
         )

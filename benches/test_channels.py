@@ -2,7 +2,7 @@
 
 Peers, on the same rays and positions: one complex product over all rays, and a loop over rays. Peers that draw anew: an
 environment for every sample, and, where it is installed, Sionna's UMi with its own OFDM step, one UE per sample. The
-former are checked against the generator before they are timed. ``samples_per_second`` is in the JSON.
+former must give the generator's channels, the latter the right shape. ``samples_per_second`` is in the JSON.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from compare import compare
 
 from csimodels.channels.disc import CellConfig
 from csimodels.channels.environment import Environment
@@ -23,13 +24,7 @@ from csimodels.channels.sionna import SionnaEnvironment
 CELL = CellConfig()
 COUNTS = [256, 10_000]  # a small batch, and one environment of LASCO
 STATES = pytest.mark.parametrize("los", [True, False], ids=["los", "nlos"])
-needs_sionna = pytest.mark.skipif(importlib.util.find_spec("sionna") is None, reason="Sionna is not installed")
-
-
-def run(benchmark, name: str, function: Callable, count: int, los: bool, rounds: int = 9) -> None:
-    benchmark.name, benchmark.group = name, f"channels, {count} x 32 x 32, {'LOS' if los else 'NLOS'}"
-    benchmark.pedantic(function, rounds=rounds, iterations=1, warmup_rounds=1)
-    benchmark.extra_info["samples_per_second"] = count / benchmark.stats.stats.median
+SIONNA = importlib.util.find_spec("sionna") is not None
 
 
 def responses(rays: Rays) -> tuple[torch.Tensor, torch.Tensor]:
@@ -72,49 +67,17 @@ class Peer:
         return h + self.direct()
 
 
-@STATES
-@pytest.mark.parametrize("count", COUNTS)
-def test_environment(benchmark, count, los):
-    environment = Environment(CELL, 1, 0, los=los)
-    run(benchmark, "csimodels", lambda: environment.sample(count), count, los)
+def a_new_environment_per_sample(los: bool, count: int) -> Callable[[], torch.Tensor]:
+    return lambda: torch.cat([Environment(CELL, index, 0, los=los).sample(1) for index in range(1, count + 1)])
 
 
-@STATES
-@pytest.mark.parametrize(("peer", "count"), [("product", 256), ("product", 10_000), ("loop", 256)])
-def test_same_rays(benchmark, peer, count, los):
-    environment = Environment(CELL, 1, 0, los=los)
-    function = getattr(Peer(environment, count), peer)
-    torch.testing.assert_close(function(), environment.sample(count), rtol=0, atol=2e-5)
-    run(benchmark, f"torch complex64 {peer} over rays", function, count, los)
-
-
-@STATES
-def test_a_new_environment_per_sample(benchmark, los):
-    def draw() -> torch.Tensor:
-        return torch.cat([Environment(CELL, index, 0, los=los).sample(1) for index in range(1, 257)])
-
-    assert draw().shape == (256, 32, 32)
-    run(benchmark, "csimodels, a new environment per sample", draw, 256, los, rounds=3)
-
-
-@needs_sionna
-@STATES
-@pytest.mark.parametrize("count", COUNTS)
-def test_environment_of_sionna(benchmark, count, los):
-    environment = SionnaEnvironment(CELL, 1, 0, los=los)
-    run(benchmark, "csimodels, rays of Sionna", lambda: environment.sample(count), count, los)
-
-
-@needs_sionna
-@STATES
-def test_sionna(benchmark, los):
+def umi_of_sionna(los: bool, count: int) -> Callable[[], torch.Tensor]:
     from sionna.phy.channel import cir_to_ofdm_channel
     from sionna.phy.channel.tr38901 import PanelArray, UMi
 
     def panel(columns: int) -> PanelArray:
         return PanelArray(1, columns, "single", "V", "omni", CELL.carrier, device="cpu")
 
-    count = 256
     channel = UMi(
         CELL.carrier,
         "low",
@@ -137,9 +100,32 @@ def test_sionna(benchmark, los):
         los=los,
     )
     frequencies = CELL.grid.frequencies.float()
+    return lambda: cir_to_ofdm_channel(frequencies, *channel(1, 1.0))[:, 0, 0, 0, :, 0]
 
-    def draw() -> torch.Tensor:
-        return cir_to_ofdm_channel(frequencies, *channel(1, 1.0))[:, 0, 0, 0, :, 0]
 
-    assert draw().shape == (count, 32, 32)
-    run(benchmark, "Sionna UMi", draw, count, los, rounds=3)
+@pytest.mark.parametrize("los", [True, False], ids=["los", "nlos"])
+@pytest.mark.parametrize("count", COUNTS)
+def test_generation(benchmark, count, los):
+    environment = Environment(CELL, 1, 0, los=los)
+    peer = Peer(environment, count)
+    ours = {"csimodels": lambda: environment.sample(count)}
+    peers: dict[str, Callable] = {"torch complex64, product over rays": peer.product}
+    if count == COUNTS[0]:
+        peers["torch complex64, loop over rays"] = peer.loop
+        peers["csimodels, a new environment per sample"] = a_new_environment_per_sample(los, count)
+    if SIONNA:
+        rays_of_sionna = SionnaEnvironment(CELL, 1, 0, los=los)
+        ours["csimodels, rays of Sionna"] = lambda: rays_of_sionna.sample(count)
+    if SIONNA and count == COUNTS[0]:
+        peers["Sionna UMi"] = umi_of_sionna(los, count)
+    expected = environment.sample(count)
+
+    def check(name: str, h: torch.Tensor) -> None:
+        assert h.shape == (count, 32, 32)
+        if name.startswith("torch complex64"):
+            torch.testing.assert_close(h, expected, rtol=0, atol=2e-5)
+
+    case = f"channels, {count} x 32 x 32, {'LOS' if los else 'NLOS'}"
+    compare(benchmark, case, ours, peers, check=check, rounds=7)
+    seconds = benchmark.extra_info["seconds"]
+    benchmark.extra_info["samples_per_second"] = {name: count / seconds[name]["median"] for name in ours}
