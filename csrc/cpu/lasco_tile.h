@@ -26,10 +26,20 @@ constexpr int kTileColumns = kTileVectors * F32::lanes;
 // The length of a row, rounded up to whole vectors.
 CSIKERNELS_INLINE int64_t padded(int64_t columns) { return (columns + F32::lanes - 1) / F32::lanes * F32::lanes; }
 
-// The small operand of a product: w(n, k) = data[n * row + k * step].
+// The small operand of a product: w(n, k) = data[n * row + k * step]. A product is written on this interface, which
+// PairWeights (lasco_tile_bf16.h) gives once more for pairs of bfloat16.
 struct Weights {
   const float* data;
   int64_t row, step;
+
+  static constexpr int kBytes = sizeof(float);  // of one weight
+  static constexpr int kDepthStep = 1;          // k that one step covers
+
+  CSIKERNELS_INLINE Weights from(int64_t n) const { return {data + n * row, row, step}; }
+  CSIKERNELS_INLINE void next() { data += step; }
+  CSIKERNELS_INLINE F32 at(int r) const { return broadcast(data[r * row]); }
+  static CSIKERNELS_INLINE F32 vector(const float* x) { return load(x); }
+  static CSIKERNELS_INLINE F32 multiply_add(F32 weight, F32 x, F32 sum) { return fma(weight, x, sum); }
 };
 
 // Results of rows row..row + R at V vectors from `column` on.
@@ -37,6 +47,9 @@ template <int R, int V>
 struct Tile {
   F32 at[R][V];
 };
+
+// On a sink written as a lambda: a call would push its tile through memory.
+#define CSIKERNELS_INLINE_LAMBDA __attribute__((always_inline))
 
 // Calls each(r, v) for every vector of a tile, in code that is fully unrolled: the tile then stays in registers.
 template <int R, int V, class Each>
@@ -55,55 +68,60 @@ struct NoStream {
 };
 
 // One tile, summed over all k. w and x point at its first row and column.
-template <int R, int V, class Stream>
-CSIKERNELS_INLINE Tile<R, V> product_tile(Weights w, int64_t depth, const float* x, int64_t x_stride,
-                                          const char* ahead) {
+template <int R, int V, class Stream, class W, class Operand>
+CSIKERNELS_INLINE Tile<R, V> product_tile(W w, int64_t depth, const Operand* x, int64_t x_stride, const char* ahead) {
   Tile<R, V> sum;
   for_tile<R, V>([&](int r, int v) { sum.at[r][v] = broadcast(0.0f); });
+  const auto step = [&](const auto& weight_at) CSIKERNELS_INLINE_LAMBDA {
+    decltype(W::vector(x)) vector[V], weight[R];
+    for_tile<1, V>([&](int, int v) { vector[v] = W::vector(x + v * F32::lanes); });
+    for_tile<R, 1>([&](int r, int) { weight[r] = weight_at(r); });
+    for_tile<R, V>([&](int r, int v) { sum.at[r][v] = W::multiply_add(weight[r], vector[v], sum.at[r][v]); });
+  };
 #pragma GCC unroll 1
-  for (int64_t k = 0; k < depth; ++k) {
+  for (int64_t k = 0; k + W::kDepthStep <= depth; k += W::kDepthStep) {
     Stream::fetch(ahead);
-    F32 vector[V], weight[R];
-    for_tile<1, V>([&](int, int v) { vector[v] = load(x + v * F32::lanes); });
-    for_tile<R, 1>([&](int r, int) { weight[r] = broadcast(w.data[r * w.row]); });
-    for_tile<R, V>([&](int r, int v) { sum.at[r][v] = fma(weight[r], vector[v], sum.at[r][v]); });
-    w.data += w.step;
+    step([&](int r) { return w.at(r); });
+    w.next();
     x += x_stride;
-    ahead += R * sizeof(float);
+    ahead += R * W::kDepthStep * W::kBytes;
+  }
+  if constexpr (W::kDepthStep == 2) {
+    if (depth % 2) step([&](int r) { return w.half_at(r); });
   }
   return sum;
 }
 
-template <int R, class Stream, class Sink>
-CSIKERNELS_INLINE void product_band(Weights w, int64_t row, int64_t depth, const float* x, int64_t x_stride,
+template <int R, class Stream, class W, class Operand, class Sink>
+CSIKERNELS_INLINE void product_band(W w, int64_t row, int64_t depth, const Operand* x, int64_t x_stride,
                                     int64_t columns, const char* ahead, const Sink& sink) {
-  w.data += row * w.row;
+  const W own = w.from(row);
   int64_t column = 0;
   for (; column + kTileColumns <= columns; column += kTileColumns) {
-    sink(row, column, product_tile<R, kTileVectors, Stream>(w, depth, x + column, x_stride, ahead));
+    sink(row, column, product_tile<R, kTileVectors, Stream>(own, depth, x + column, x_stride, ahead));
   }
-  if (column < columns) sink(row, column, product_tile<R, 1, Stream>(w, depth, x + column, x_stride, ahead));
+  if (column < columns) sink(row, column, product_tile<R, 1, Stream>(own, depth, x + column, x_stride, ahead));
 }
 
 // w [rows][depth] times x [depth][x_stride], its first `columns` (a multiple of F32::lanes), into the sink.
-template <class Stream, class Sink>
-CSIKERNELS_INLINE void product(Weights w, int64_t rows, int64_t depth, const float* x, int64_t x_stride,
-                               int64_t columns, Stream& stream, const Sink& sink) {
+template <class Stream, class W, class Operand, class Sink>
+CSIKERNELS_INLINE void product(W w, int64_t rows, int64_t depth, const Operand* x, int64_t x_stride, int64_t columns,
+                               Stream& stream, const Sink& sink) {
   int64_t row = 0;
   for (; row + kTileRows <= rows; row += kTileRows) {
-    const char* ahead = stream.advance(kTileRows * depth * sizeof(float));
+    const char* ahead = stream.advance(kTileRows * depth * W::kBytes);
     product_band<kTileRows, Stream>(w, row, depth, x, x_stride, columns, ahead, sink);
   }
   for (; row + 2 <= rows; row += 2) {
-    const char* ahead = stream.advance(2 * depth * sizeof(float));
+    const char* ahead = stream.advance(2 * depth * W::kBytes);
     product_band<2, Stream>(w, row, depth, x, x_stride, columns, ahead, sink);
   }
-  if (row < rows) product_band<1, Stream>(w, row, depth, x, x_stride, columns, stream.advance(0), sink);
+  if (row < rows) product_band<1, Stream>(w, row, depth, x, x_stride, columns, stream.advance(depth * W::kBytes), sink);
 }
 
-template <class Sink>
-CSIKERNELS_INLINE void product(Weights w, int64_t rows, int64_t depth, const float* x, int64_t x_stride,
-                               int64_t columns, const Sink& sink) {
+template <class W, class Operand, class Sink>
+CSIKERNELS_INLINE void product(W w, int64_t rows, int64_t depth, const Operand* x, int64_t x_stride, int64_t columns,
+                               const Sink& sink) {
   NoStream nothing;
   product(w, rows, depth, x, x_stride, columns, nothing, sink);
 }
@@ -160,14 +178,42 @@ CSIKERNELS_INLINE F32 gelu(F32 a) {
   return fma(half, erf(a * broadcast(0.70710678f)), half);
 }
 
-// y[c][r] = x[r][c], in blocks that keep both sides' cache lines.
+// One round of a perfect shuffle of F32::lanes rows; after log2(lanes) rounds they are transposed.
+CSIKERNELS_INLINE void interleave_rows(F32 (&row)[F32::lanes]) {
+  constexpr int kHalf = F32::lanes / 2;
+  IntLanes low, high;
+#pragma GCC unroll 16
+  for (int i = 0; i < F32::lanes; ++i) {
+    low[i] = i / 2 + (i % 2) * F32::lanes;
+    high[i] = low[i] + kHalf;
+  }
+  F32 mixed[F32::lanes];
+#pragma GCC unroll 8
+  for (int i = 0; i < kHalf; ++i) {
+    mixed[2 * i].v = __builtin_shuffle(row[i].v, row[i + kHalf].v, low);
+    mixed[2 * i + 1].v = __builtin_shuffle(row[i].v, row[i + kHalf].v, high);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < F32::lanes; ++i) row[i] = mixed[i];
+}
+
+// y[c][r] = x[r][c]: squares of F32::lanes in registers, the edges one by one.
 inline void transpose(const float* x, int64_t x_stride, int64_t rows, int64_t columns, float* y, int64_t y_stride) {
-  constexpr int64_t kBlock = 16;
-  for (int64_t top = 0; top < rows; top += kBlock) {
-    const int64_t bottom = top + kBlock < rows ? top + kBlock : rows;
-    for (int64_t column = 0; column < columns; ++column) {
-      for (int64_t row = top; row < bottom; ++row) y[column * y_stride + row] = x[row * x_stride + column];
+  const int64_t square_rows = rows / F32::lanes * F32::lanes, square_columns = columns / F32::lanes * F32::lanes;
+  for (int64_t top = 0; top < square_rows; top += F32::lanes) {
+    for (int64_t left = 0; left < square_columns; left += F32::lanes) {
+      F32 row[F32::lanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < F32::lanes; ++i) row[i] = load(x + (top + i) * x_stride + left);
+#pragma GCC unroll 4
+      for (int length = 1; length < F32::lanes; length *= 2) interleave_rows(row);
+#pragma GCC unroll 16
+      for (int i = 0; i < F32::lanes; ++i) store(y + (left + i) * y_stride + top, row[i]);
     }
+  }
+  for (int64_t column = 0; column < columns; ++column) {
+    const int64_t first = column < square_columns ? square_rows : 0;
+    for (int64_t row = first; row < rows; ++row) y[column * y_stride + row] = x[row * x_stride + column];
   }
 }
 

@@ -84,11 +84,15 @@ CSIKERNELS_INLINE F32 load_bf16(const uint16_t* p) {
 }
 
 // To the nearest bfloat16, halves to even; NaN stays NaN. In integers, since vcvtneps2bf16 would flush denormals.
-CSIKERNELS_INLINE void store_bf16(uint16_t* p, F32 a) {
+CSIKERNELS_INLINE F32 round_bf16(F32 a) {
   const IntLanes bits = (IntLanes)a.v;
-  const IntLanes rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
-  const IntLanes chosen = a.v != a.v ? ((bits >> 16) | 0x40) : rounded;
-  const ShortLanes narrow = __builtin_convertvector(chosen, ShortLanes);
+  const IntLanes rounded = bits + 0x7FFF + ((bits >> 16) & 1);
+  const IntLanes chosen = a.v != a.v ? (bits | 0x400000) : rounded;
+  return {(FloatLanes)(chosen & -0x10000)};
+}
+
+CSIKERNELS_INLINE void store_bf16(uint16_t* p, F32 a) {
+  const ShortLanes narrow = __builtin_convertvector((IntLanes)round_bf16(a).v >> 16, ShortLanes);
   __builtin_memcpy(p, &narrow, sizeof(narrow));
 }
 
