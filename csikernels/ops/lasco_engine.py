@@ -6,14 +6,17 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from csikernels._arrays import accepts_arrays
+from csikernels._dispatch import chosen_backend, has_compiled_kernel
 from csikernels.ops.lasco import check_input, check_slot, lasco_forward
 from csikernels.ops.lasco_bank import SamBank
 from csikernels.ops.lasco_layout import Architecture, LayoutError, check_usable, matrices_of, read_layout, weight_names
 from csikernels.reference.lasco import check_slot_values
 
 _PRECISIONS = ("float32", "bfloat16", "int8", "float64")
+PANEL = 32  # kPanel in csrc/cpu/transformer_kernel.h
 _QUANTIZED = ("qkv_weight", "proj_weight", "up_weight", "down_weight")
 
 
@@ -26,11 +29,15 @@ class LascoEngine:
 
     Precision of a packed base (the bank has its own):
 
-    - "float32" (or "float64" for a float64 module and bank): the module's own storage is read, not copied, so later
-      changes to the module show.
+    - "float32" (or "float64" for a float64 module and bank): later changes to the module's parameters show. A backend
+      that reads its own layout (C++, float32) keeps one more copy of the matrices and renews it when PyTorch has
+      counted a write to them; writes that it does not count, through ``.data`` or to parameters made in inference mode,
+      need :meth:`refresh`.
     - "bfloat16": operands of all products rounded to bfloat16, float32 accumulation, LayerNorm, softmax and residuals.
     - "int8": as bfloat16, but the four products of each block in symmetric int8: weights scaled per output channel,
-      activations per row at run time. The reference backend forms the integer sums in float32.
+      activations per row at run time. The reference backend forms the integer sums in float32, C++ exactly.
+
+    "bfloat16" and "int8" are copies; :meth:`refresh` takes them anew. "float64" always runs on the reference backend.
 
     Attributes:
         bank: the small models.
@@ -65,6 +72,8 @@ class LascoEngine:
         self.precision = precision
         self.packed = False
         self._base = base
+        self._packed: list[Tensor] = []
+        self._packed_from: list[tuple[int, int]] = []
         reason = self._pack(base)
         if not self.packed and precision not in ("float32", "float64"):
             raise ValueError(f"precision: expected 'float32' for a black box, got {precision!r} ({reason})")
@@ -93,10 +102,26 @@ class LascoEngine:
                 check_slot_values(slot, self.bank.slots)
             return lasco_forward(h_in, self._base_output(h_in), self.bank, slot)
 
+    def refresh(self) -> None:
+        """Take the parameters of a packed base as they are now. The old ones stay in use if this fails.
+
+        Raises:
+            ValueError: the module's layout has changed since the engine was built.
+        """
+        if not self.packed or not isinstance(self._base, nn.Module):
+            return
+        architecture, weights = read_layout(self._base, "base")
+        if architecture != self._architecture:
+            raise ValueError(
+                f"base: expected the same layout as before, got {architecture.difference(self._architecture)}"
+            )
+        _check_fits(architecture, weights, self.bank)
+        self._take(weights)
+
     @property
     def nbytes(self) -> int:
         """Bytes of the bank and of a packed base (a black box keeps its own)."""
-        packed = (*self._weights, *self._scales) if self.packed else ()
+        packed = (*self._weights, *self._scales, *self._packed) if self.packed else ()
         return self.bank.nbytes + sum(tensor.nbytes for tensor in packed)
 
     def __repr__(self) -> str:
@@ -115,13 +140,33 @@ class LascoEngine:
         _check_fits(architecture, weights, self.bank)
         self.packed = True
         self._architecture = architecture
-        self._weights, self._scales = _pack([weight.detach() for weight in weights], architecture, self.precision)
+        self._take(weights)
         return ""
+
+    def _take(self, weights: list[Tensor]) -> None:
+        """The base's weights in the precision, and in the layout of the compiled kernels where these will run."""
+        taken, scales = _in_precision([weight.detach() for weight in weights], self._architecture, self.precision)
+        packed, versions = self._packed_for_kernels(taken), _versions(taken)
+        self._weights, self._scales, self._packed, self._packed_from = taken, scales, packed, versions
+
+    def _packed_for_kernels(self, weights: list[Tensor]) -> list[Tensor]:
+        compiled = weights[0].device.type == "cpu" and has_compiled_kernel("transformer_forward", "cpu")
+        if not compiled or chosen_backend() not in (None, "cpp") or self.precision == "float64":
+            return []
+        return pack([w for w, matrix in zip(weights, matrices_of(self._architecture), strict=True) if matrix])
+
+    def _current_pack(self) -> list[Tensor]:
+        """The packed weights, packed again when the module has changed or another backend was in force before."""
+        versions = _versions(self._weights)
+        if not self._packed or versions != self._packed_from:
+            packed = self._packed_for_kernels(self._weights)
+            self._packed, self._packed_from = packed, versions
+        return self._packed
 
     def _base_output(self, h_in: Tensor) -> Tensor:
         if self.packed:
             return torch.ops.csikernels.transformer_forward(
-                h_in, self._weights, self._scales, [], *self._architecture.hyper()
+                h_in, self._weights, self._scales, self._current_pack(), *self._architecture.hyper()
             )
         output = self._base(h_in)
         if not isinstance(output, Tensor) or not output.is_floating_point():
@@ -146,7 +191,32 @@ def _check_fits(architecture: Architecture, weights: list[Tensor], bank: SamBank
         )
 
 
-def _pack(weights: list[Tensor], architecture: Architecture, precision: str) -> tuple[list[Tensor], list[Tensor]]:
+def pack(matrices: list[Tensor]) -> list[Tensor]:
+    """Matrices [N, K] as the C++ kernels read them (``Linear`` in csrc/cpu/transformer_kernel.h).
+
+    Returns:
+        For each its panels [N/32, K/g, 32, g], g = 4 bytes' worth, zero-padded; then for each int8 matrix 128 times the
+        sum of each row [N to the next 32] int32.
+    """
+    panels, shifts = [], []
+    for matrix in matrices:
+        rows, columns = matrix.shape
+        group = 4 // matrix.element_size()
+        padded = F.pad(matrix, (0, -columns % group, 0, -rows % PANEL))
+        if matrix.dtype == torch.int8:
+            shifts.append((padded.sum(1) * 128).to(torch.int32))
+        panels.append(padded.view(-1, PANEL, padded.shape[1] // group, group).transpose(1, 2).contiguous())
+    return panels + shifts
+
+
+def _versions(weights: list[Tensor]) -> list[tuple[int, int]]:
+    """Changes with every write that PyTorch counts, and with the storage."""
+    return [(weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in weights]
+
+
+def _in_precision(
+    weights: list[Tensor], architecture: Architecture, precision: str
+) -> tuple[list[Tensor], list[Tensor]]:
     """The flat weight list in the precision, and the scales of its int8 matrices."""
     if precision in ("float32", "float64"):
         return weights, []
