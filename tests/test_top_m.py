@@ -173,7 +173,7 @@ def test_errors_name_the_argument(backend, error, message, arguments, keywords):
 @pytest.mark.parametrize(
     ("error", "message", "arguments"),
     [
-        (ValueError, r"m: expected 1\.\.4, got 5", (torch.zeros(2, 4), 5)),
+        (ValueError, r"m: expected 1\.\.N = 1\.\.4, got 5", (torch.zeros(2, 4), 5)),
         (ValueError, r"score: expected shape \[B, N\], got \[4\]", (torch.zeros(4), 1)),
         (TypeError, "score: expected float16", (torch.zeros(2, 4).long(), 1)),
         (ValueError, "source: expected the shape of score", (torch.zeros(2, 4), 1, torch.zeros(2, 3))),

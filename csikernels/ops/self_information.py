@@ -9,8 +9,9 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
+from csikernels import _load
 from csikernels._arrays import accepts_arrays
-from csikernels._dispatch import NAMESPACE, define
+from csikernels._dispatch import NAMESPACE, define, has_compiled_kernel
 from csikernels.reference import self_information as _reference
 
 define("self_information(Tensor h, float bandwidth, int[] offsets) -> Tensor")
@@ -22,12 +23,17 @@ define("scatter_codeword(Tensor values, Tensor indices, Tensor mean, SymInt[] sh
 
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _ops = torch.ops.csikernels
+_select = _ops.select_informative.default
+
+# Whether the compiled ops are there. They check what they are given by themselves, in C++, and on the CPU even where
+# they hand the call over to another backend. Plain CPU tensors go straight to them: for one sample, checks in Python
+# would take as long as the kernel.
+_COMPILED = has_compiled_kernel("select_informative", "cpu")
 
 
 # Public functions -----------------------------------------------------------------------------------------------------
 
 
-@accepts_arrays
 def self_information(
     h: Tensor, *, bandwidth: float, radius: int = 3, offsets: Sequence[tuple[int, int]] | None = None
 ) -> Tensor:
@@ -56,11 +62,20 @@ def self_information(
         TypeError: ``h`` is no floating-point tensor, or ``radius`` or an offset is no integer.
         ValueError: wrong rank, or ``bandwidth``, ``radius`` or ``offsets`` out of range.
     """
+    if type(h) is Tensor and h.is_cpu and _COMPILED:
+        try:
+            return _ops.self_information.default(h.detach(), _bandwidth(bandwidth), _flat_offsets(radius, offsets))
+        except (TypeError, ValueError):
+            pass  # said again below, in Python's words
+    return _self_information(h, bandwidth=bandwidth, radius=radius, offsets=offsets)
+
+
+@accepts_arrays
+def _self_information(h, *, bandwidth, radius, offsets):
     _check_image(h)
     return _ops.self_information(h.detach(), _bandwidth(bandwidth), _flat_offsets(radius, offsets))
 
 
-@accepts_arrays
 def select_informative(
     h: Tensor,
     m: int,
@@ -91,15 +106,29 @@ def select_informative(
         TypeError: wrong dtype.
         ValueError: wrong rank, shape or device, ``m`` outside 1..C*H*W, or a wrong neighbourhood.
     """
-    _check_image(h)
-    _check_m(m, math.prod(h.shape[1:]), "C*H*W")
-    if source is None:
-        source = h
-    _check_like(source, "source", h, "h")
-    return _ops.select_informative(h.detach(), m, _bandwidth(bandwidth), _flat_offsets(radius, offsets), source)
+    if (
+        type(h) is Tensor
+        and h.is_cpu
+        and (source is None or (type(source) is Tensor and source.is_cpu))
+        and type(m) is int
+        and _COMPILED
+    ):
+        try:
+            return _select(h, m, _bandwidth(bandwidth), _flat_offsets(radius, offsets), source)
+        except (TypeError, ValueError):
+            pass
+    return _select_informative(h, m, bandwidth=bandwidth, radius=radius, offsets=offsets, source=source)
 
 
 @accepts_arrays
+def _select_informative(h, m, *, bandwidth, radius, offsets, source):
+    _check_image(h)
+    _check_m(m, math.prod(h.shape[1:]), "C*H*W")
+    if source is not None:
+        _check_like(source, "source", h, "h")
+    return _select(h, m, _bandwidth(bandwidth), _flat_offsets(radius, offsets), source)
+
+
 def top_m(score: Tensor, m: int, *, source: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The ``m`` largest scores of each row, in an exact and deterministic order.
 
@@ -119,6 +148,22 @@ def top_m(score: Tensor, m: int, *, source: Tensor | None = None) -> tuple[Tenso
         TypeError: wrong dtype.
         ValueError: wrong rank, shape or device, or ``m`` outside 1..N.
     """
+    if (
+        type(score) is Tensor
+        and score.is_cpu
+        and (source is None or (type(source) is Tensor and source.is_cpu))
+        and type(m) is int
+        and _COMPILED
+    ):
+        try:
+            return _ops.top_m.default(score, m, source)
+        except (TypeError, ValueError):
+            pass
+    return _top_m(score, m, source=source)
+
+
+@accepts_arrays
+def _top_m(score, m, *, source):
     _check_floating(score, "score")
     if score.dim() != 2:
         raise ValueError(f"score: expected shape [B, N], got {list(score.shape)}")
@@ -128,7 +173,6 @@ def top_m(score: Tensor, m: int, *, source: Tensor | None = None) -> tuple[Tenso
     return _ops.top_m(score, m, source)
 
 
-@accepts_arrays
 def scatter_codeword(values: Tensor, indices: Tensor, mean: Tensor, shape: Sequence[int]) -> Tensor:
     """Put a received codeword back into its place and fill all else with the mean.
 
@@ -149,6 +193,17 @@ def scatter_codeword(values: Tensor, indices: Tensor, mean: Tensor, shape: Seque
         ValueError: shapes or devices that do not fit together, or, for CPU tensors, an index outside ``shape`` (on
             CUDA, looking would stall the stream; there an index out of range is a device-side assertion).
     """
+    plain = type(values) is type(indices) is type(mean) is Tensor
+    if plain and values.is_cpu and indices.is_cpu and mean.is_cpu and _COMPILED:
+        try:
+            return _ops.scatter_codeword.default(values, indices, mean, shape)
+        except (TypeError, ValueError):
+            pass
+    return _scatter_codeword(values, indices, mean, shape)
+
+
+@accepts_arrays
+def _scatter_codeword(values, indices, mean, shape):
     shape = [int(size) for size in shape]
     _check_codeword(values, indices, mean, shape)
     return _ops.scatter_codeword(values, indices, mean, shape)
@@ -217,9 +272,10 @@ def _scatter_backward(ctx, grad):
     return flat.gather(1, indices) * stands, None, (flat * (winner < 0)).sum(1), None
 
 
-torch.library.register_autograd(f"{NAMESPACE}::top_m", _top_m_backward, setup_context=_keep_selection)
-torch.library.register_autograd(f"{NAMESPACE}::select_informative", _select_backward, setup_context=_keep_selection)
-torch.library.register_autograd(f"{NAMESPACE}::scatter_codeword", _scatter_backward, setup_context=_keep_positions)
+if _load.extension is None:  # csrc/self_information_autograd.cpp has the same formulas, without Python on the way
+    torch.library.register_autograd(f"{NAMESPACE}::top_m", _top_m_backward, setup_context=_keep_selection)
+    torch.library.register_autograd(f"{NAMESPACE}::select_informative", _select_backward, setup_context=_keep_selection)
+    torch.library.register_autograd(f"{NAMESPACE}::scatter_codeword", _scatter_backward, setup_context=_keep_positions)
 
 
 # Checks --------------------------------------------------------------------------------------------------------------
@@ -259,20 +315,29 @@ def _check_m(m: int, size: int, meaning: str) -> None:
 
 def _bandwidth(bandwidth: float) -> float:
     bandwidth = float(bandwidth)
-    if not (math.isfinite(bandwidth) and bandwidth > 0):
+    if not 0 < bandwidth < math.inf:
         raise ValueError(f"bandwidth: expected a finite positive number, got {bandwidth}")
     return bandwidth
+
+
+def _grid(radius: int) -> list[int]:
+    steps = (-radius, 0, radius)
+    return [step for row in steps for column in steps for step in (row, column)]
+
+
+_GRIDS = {radius: _grid(radius) for radius in range(1, 17)}
 
 
 def _flat_offsets(radius: int, offsets: Sequence[tuple[int, int]] | None) -> list[int]:
     """(row, column) pairs in one list, as the schema has them."""
     if offsets is None:
+        if type(radius) is int and (grid := _GRIDS.get(radius)) is not None:
+            return grid
         if not isinstance(radius, Integral):
             raise TypeError(f"radius: expected an integer, got {radius!r}")
         if radius < 1:
             raise ValueError(f"radius: expected at least 1, got {radius}")
-        steps = (-int(radius), 0, int(radius))
-        return [step for row in steps for column in steps for step in (row, column)]
+        return _grid(int(radius))
     flat: list[int] = []
     for offset in offsets:
         if len(offset) != 2:

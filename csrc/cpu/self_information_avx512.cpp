@@ -1,0 +1,190 @@
+// self_information for AVX-512.
+#include "cpu/self_information_kernel.h"
+
+#if defined(__x86_64__)
+#include "cpu/vec_avx512.h"
+
+namespace csikernels::cpu::avx512 {
+#include "cpu/self_information_body.h"
+
+namespace {
+
+void count(const int32_t* keys, int64_t n, const int32_t* thresholds, int64_t* counts) {
+  __m512i threshold[kThresholds], at_most[kThresholds];
+  const __m512i one = _mm512_set1_epi32(1);
+  for (int64_t t = 0; t < kThresholds; ++t) {
+    threshold[t] = _mm512_set1_epi32(thresholds[t]);
+    at_most[t] = _mm512_setzero_si512();
+  }
+  for (int64_t i = 0; i < n; i += 16) {
+    const __mmask16 there = first_lanes(n - i < 16 ? static_cast<int>(n - i) : 16);
+    const __m512i key = _mm512_maskz_loadu_epi32(there, keys + i);
+#pragma GCC unroll 4
+    for (int64_t t = 0; t < kThresholds; ++t) {
+      const __mmask16 low = _mm512_mask_cmple_epi32_mask(there, key, threshold[t]);
+      at_most[t] = _mm512_mask_add_epi32(at_most[t], low, at_most[t], one);
+    }
+  }
+  for (int64_t t = 0; t < kThresholds; ++t) counts[t] = _mm512_reduce_add_epi32(at_most[t]);
+}
+
+// Compressed in a register first: compressing into memory is microcoded on some processors.
+int64_t keep(const int32_t* keys, int64_t n, int32_t low, int32_t high, int32_t* kept, int32_t* positions) {
+  const __m512i lowest = _mm512_set1_epi32(low), highest = _mm512_set1_epi32(high);
+  __m512i position = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  int64_t count = 0;
+  for (int64_t i = 0; i < n; i += 16) {
+    const __m512i key = _mm512_loadu_si512(keys + i);
+    const __mmask16 there = first_lanes(n - i < 16 ? static_cast<int>(n - i) : 16);
+    const __mmask16 inside =
+        _mm512_mask_cmple_epi32_mask(_mm512_mask_cmpge_epi32_mask(there, key, lowest), key, highest);
+    _mm512_storeu_si512(kept + count, _mm512_maskz_compress_epi32(inside, key));
+    _mm512_storeu_si512(positions + count, _mm512_maskz_compress_epi32(inside, position));
+    count += __builtin_popcount(inside);
+    position = _mm512_add_epi32(position, _mm512_set1_epi32(16));
+  }
+  return count;
+}
+
+// A sorting network for 256 unsigned integers in 16 registers. Element (register r, lane l) has the place 16 l + r, so
+// that most comparisons are between registers: sorting 16 elements needs no shuffle at all, and of the steps that
+// merge two runs of 2^k only those between lanes do.
+
+CSIKERNELS_INLINE void order(__m512i& a, __m512i& b) {
+  const __m512i low = _mm512_min_epu32(a, b);
+  b = _mm512_max_epu32(a, b);
+  a = low;
+}
+
+// Comparisons of places 8, 4, 2 and 1 apart.
+CSIKERNELS_INLINE void merge_within_lanes(__m512i* r) {
+#pragma GCC unroll 4
+  for (int step = 8; step > 0; step /= 2) {
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) {
+      if ((i & step) == 0) order(r[i], r[i + step]);
+    }
+  }
+}
+
+// Each lane compares with lane ^ kFlip; lanes with a bit of kUpper keep the larger.
+template <int kFlip>
+CSIKERNELS_INLINE __m512i partner(__m512i a) {
+  if constexpr (kFlip < 4)
+    return _mm512_shuffle_epi32(
+        a, static_cast<_MM_PERM_ENUM>((0 ^ kFlip) | ((1 ^ kFlip) << 2) | ((2 ^ kFlip) << 4) | ((3 ^ kFlip) << 6)));
+  if constexpr (kFlip == 4) return _mm512_shuffle_i32x4(a, a, 0xB1);
+  if constexpr (kFlip == 8) return _mm512_shuffle_i32x4(a, a, 0x4E);
+  // 7 and 15: the lanes of 128 bits as well as what is in them
+  if constexpr (kFlip == 7) return partner<3>(_mm512_shuffle_i32x4(a, a, 0xB1));
+  return partner<3>(_mm512_shuffle_i32x4(a, a, 0x1B));
+}
+
+template <int kFlip, __mmask16 kUpper>
+CSIKERNELS_INLINE void merge_between_lanes(__m512i* r) {
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) {
+    const __m512i other = partner<kFlip>(r[i]);
+    r[i] = _mm512_mask_max_epu32(_mm512_min_epu32(r[i], other), kUpper, r[i], other);
+  }
+}
+
+// The first step of merging two sorted runs: place p with the place as far from the other run's end.
+template <int kFlip, __mmask16 kUpper>
+CSIKERNELS_INLINE void merge_runs(__m512i* r) {
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
+    const __m512i low = r[i], high = r[15 - i], low_partner = partner<kFlip>(high), high_partner = partner<kFlip>(low);
+    r[i] = _mm512_mask_max_epu32(_mm512_min_epu32(low, low_partner), kUpper, low, low_partner);
+    r[15 - i] = _mm512_mask_max_epu32(_mm512_min_epu32(high, high_partner), kUpper, high, high_partner);
+  }
+}
+
+CSIKERNELS_INLINE void sort_within_lanes(__m512i* r) {
+  // Batcher's odd-even merge sort of 16: 63 comparisons
+#pragma GCC unroll 4
+  for (int p = 1; p < 16; p *= 2) {
+#pragma GCC unroll 4
+    for (int k = p; k > 0; k /= 2) {
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; ++i) {
+        // compare i with i + k where both lie in the same block of 2 p, from k % p on in steps of 2 k
+        if (i >= k % p && ((i - k % p) / k) % 2 == 0 && i + k < 16 && i / (2 * p) == (i + k) / (2 * p)) {
+          order(r[i], r[i + k]);
+        }
+      }
+    }
+  }
+}
+
+CSIKERNELS_INLINE void sort_network(__m512i* r) {
+  sort_within_lanes(r);
+  merge_runs<1, 0xAAAA>(r);
+  merge_within_lanes(r);
+  merge_runs<3, 0xCCCC>(r);
+  merge_between_lanes<1, 0xAAAA>(r);
+  merge_within_lanes(r);
+  merge_runs<7, 0xF0F0>(r);
+  merge_between_lanes<2, 0xCCCC>(r);
+  merge_between_lanes<1, 0xAAAA>(r);
+  merge_within_lanes(r);
+  merge_runs<15, 0xFF00>(r);
+  merge_between_lanes<4, 0xF0F0>(r);
+  merge_between_lanes<2, 0xCCCC>(r);
+  merge_between_lanes<1, 0xAAAA>(r);
+  merge_within_lanes(r);
+}
+
+// One word each: 24 bits of the key's distance to the smallest one above the 8 bits of its place.
+void sort(const int32_t* keys, const int32_t* positions, int64_t count, int32_t* sorted_keys,
+          int32_t* sorted_positions) {
+  __m512i r[16], smallest = _mm512_set1_epi32(INT32_MAX), largest = _mm512_set1_epi32(INT32_MIN);
+  for (int64_t i = 0; i < count; i += 16) {
+    const __mmask16 there = first_lanes(count - i < 16 ? static_cast<int>(count - i) : 16);
+    const __m512i key = _mm512_loadu_si512(keys + i);
+    smallest = _mm512_mask_min_epi32(smallest, there, smallest, key);
+    largest = _mm512_mask_max_epi32(largest, there, largest, key);
+  }
+  const int32_t base = _mm512_reduce_min_epi32(smallest);
+  const uint32_t span = static_cast<uint32_t>(_mm512_reduce_max_epi32(largest)) - static_cast<uint32_t>(base);
+  const int bits = span == 0 ? 0 : 32 - __builtin_clz(span);
+  const __m128i shift = _mm_cvtsi32_si128(bits > 24 ? bits - 24 : 0);
+  __m512i place = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) {
+    const int64_t rest = count - 16 * i;
+    const __mmask16 there = first_lanes(rest < 16 ? (rest < 0 ? 0 : static_cast<int>(rest)) : 16);
+    const __m512i key = _mm512_maskz_loadu_epi32(there, keys + 16 * i);
+    const __m512i distance = _mm512_srl_epi32(_mm512_sub_epi32(key, _mm512_set1_epi32(base)), shift);
+    // Empty places sort last, whatever the key: no word is larger, and place 255 is the only one that can be equal.
+    r[i] = _mm512_mask_or_epi32(_mm512_set1_epi32(-1), there, _mm512_slli_epi32(distance, 8), place);
+    place = _mm512_add_epi32(place, _mm512_set1_epi32(16));
+  }
+  sort_network(r);
+  uint32_t words[16][16];  // [register][lane]
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) _mm512_storeu_si512(words[i], r[i]);
+  for (int64_t i = 0; i < count; ++i) {
+    const uint32_t from = words[i % 16][i / 16] & 0xFF;
+    sorted_keys[i] = keys[from];
+    sorted_positions[i] = positions[from];
+  }
+}
+
+}  // namespace
+
+const InformationKernels information_kernels = {
+    .pad = pad,
+    .neighbour_sums = neighbour_sums,
+    .information = information,
+    .exact_sums_of_floats = exact_sums_of_floats,
+    .exact_sums_of_doubles = exact_sums_of_doubles,
+    .descending_keys = descending_keys,
+    .count = count,
+    .keep = keep,
+    .sort = sort,
+    .certain = certain,
+};
+
+}  // namespace csikernels::cpu::avx512
+#endif

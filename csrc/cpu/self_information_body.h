@@ -1,0 +1,225 @@
+// The kernels of self_information on F32, once per instruction set; included by self_information_<isa>.cpp inside its
+// namespace. The including file adds count, keep and sort.
+
+namespace {
+
+constexpr int64_t kVector = F32::lanes;
+
+CSIKERNELS_INLINE IntLanes load_keys(const int32_t* p) {
+  IntLanes keys;
+  __builtin_memcpy(&keys, p, sizeof(keys));
+  return keys;
+}
+
+CSIKERNELS_INLINE void store_keys(int32_t* p, IntLanes keys) { __builtin_memcpy(p, &keys, sizeof(keys)); }
+
+float pad(const float* image, const PaddedImage& layout, float scale, float* padded) {
+  const F32 factor = broadcast(scale);
+  IntLanes largest = {};  // bits of magnitudes: as integers, NaN is above infinity
+  for (int64_t c = 0; c < layout.channels; ++c) {
+    for (int64_t i = 0; i < layout.height; ++i) {
+      float* row = padded + layout.origin + c * layout.plane + i * layout.stride;
+      for (int64_t j = 0; j < layout.width; j += kVector) {
+        const int rest = layout.width - j < kVector ? static_cast<int>(layout.width - j) : static_cast<int>(kVector);
+        const F32 x = (rest == kVector ? load(image + j) : load_first(image + j, rest)) * factor;
+        if (rest == kVector) {
+          store(row + j, x);
+        } else {
+          store_first(row + j, x, rest);
+        }
+        const IntLanes bits = (IntLanes)abs(x).v;
+        largest = bits > largest ? bits : largest;
+      }
+      image += layout.width;
+    }
+  }
+  int32_t all = 0;
+  for (int lane = 0; lane < kVector; ++lane) all = largest[lane] > all ? largest[lane] : all;
+  float magnitude;
+  __builtin_memcpy(&magnitude, &all, sizeof(magnitude));
+  return magnitude;
+}
+
+// exp(-(a - b)^2 / (2 b^2)) for the vector at p and the one `shift` after it
+CSIKERNELS_INLINE F32 term(const float* p, int64_t shift, F32 coefficient) {
+  const F32 difference = load(p) - load(p + shift);
+  return exp2(difference * difference * coefficient);
+}
+
+// S of `rows` rows of one channel from x on, one of each pair's two elements computing the pair's term for both.
+// Four planes of terms: with the element to the right, and those to the left, straight and right below.
+void strip_sums(const float* x, int64_t rows, const PaddedImage& layout, F32 coefficient, float* terms, int32_t* keys) {
+  const int64_t across = layout.pad_columns, down = layout.pad_rows * layout.stride, far = down + across;
+  const int64_t n = rows * layout.stride, plane = (far + n + kSlack / 2) / 16 * 16 + 16;
+  float* const right = terms + far + (16 - far % 16) % 16;  // element (0, 0), on a vector's boundary
+  float* const below = right + plane;
+  float* const below_left = below + plane;
+  float* const below_right = below_left + plane;
+  float* const sums = below_right + plane;
+
+  const auto downward = [&](int64_t p) __attribute__((always_inline)) {
+    store(below_left + p, term(x + p, down - across, coefficient));
+    store(below + p, term(x + p, down, coefficient));
+    store(below_right + p, term(x + p, far, coefficient));
+  };
+  const auto add = [&](int64_t p) __attribute__((always_inline)) {
+    const F32 beside = load(right + p) + load(right + p - across);
+    const F32 straight = load(below + p) + load(below + p - down);
+    const F32 falling = load(below_right + p) + load(below_right + p - far);
+    const F32 rising = load(below_left + p) + load(below_left + p - down + across);
+    store(sums + p, (beside + straight) + (falling + rising));
+  };
+
+  for (int64_t p = -far; p < 0; p += kVector) downward(p);  // what the elements above the strip give to it
+  store(right - across, term(x - across, across, coefficient));
+  for (int64_t p = -across + kVector; p < 0; p += kVector) store(right + p, term(x + p, across, coefficient));
+  for (int64_t p = 0; p < n; p += kVector) store(right + p, term(x + p, across, coefficient));
+  if (down - across >= kVector) {  // what add() reads was stored by earlier rounds
+    for (int64_t p = 0; p < n; p += kVector) downward(p), add(p);
+  } else {
+    for (int64_t p = 0; p < n; p += kVector) downward(p);
+    for (int64_t p = 0; p < n; p += kVector) add(p);
+  }
+  for (int64_t i = 0; i < rows; ++i) {  // without the padding; what a row writes too much, the next one overwrites
+    for (int64_t j = 0; j < layout.width; j += kVector) {
+      store_keys(keys + i * layout.width + j, (IntLanes)load(sums + i * layout.stride + j).v);
+    }
+  }
+}
+
+void neighbour_sums(const float* padded, const PaddedImage& layout, float coefficient, float* terms, int32_t* keys) {
+  const int64_t strip = strip_rows(layout);
+  for (int64_t c = 0; c < layout.channels; ++c) {
+    for (int64_t i = 0; i < layout.height; i += strip) {
+      const int64_t rows = layout.height - i < strip ? layout.height - i : strip;
+      strip_sums(padded + layout.origin + c * layout.plane + i * layout.stride, rows, layout, broadcast(coefficient),
+                 terms, keys + (c * layout.height + i) * layout.width);
+    }
+  }
+}
+
+void information(const int32_t* keys, int64_t n, float centres, float log2_norm, float* bits) {
+  for (int64_t i = 0; i < n; i += kVector) {
+    const F32 sum = {(FloatLanes)load_keys(keys + i)};
+    const F32 result = broadcast(log2_norm) - log2(broadcast(centres) + sum);
+    if (n - i >= kVector) {
+      store(bits + i, result);
+    } else {
+      store_first(bits + i, result, static_cast<int>(n - i));
+    }
+  }
+}
+
+void descending_keys(const float* score, int64_t n, int32_t* keys) {
+  for (int64_t i = 0; i < n; i += kVector) {
+    F32 x = n - i >= kVector ? load(score + i) : load_first(score + i, static_cast<int>(n - i));
+    x = x + broadcast(0.0f);  // -0 + 0 is +0
+    const IntLanes bits = (IntLanes)x.v;
+    const IntLanes ascending = bits ^ ((bits >> 31) & INT32_MAX);  // negative numbers order the other way round
+    store_keys(keys + i, is_nan(x).v ? IntLanes{} + INT32_MAX : ~ascending);
+  }
+}
+
+bool certain(const int32_t* keys, int64_t count) {
+  IntLanes doubtful = {};
+  if (count > 1 && keys[0] < kSmallestCertain && keys[1] < kSmallestCertain) return false;
+  for (int64_t i = 0; i + 1 < count; i += kVector) {
+    const IntLanes bits = load_keys(keys + i + 1);
+    const F32 sum = {(FloatLanes)load_keys(keys + i)}, next = {(FloatLanes)bits};
+    const IntLanes binades = 127 - (bits >> 23);
+    const F32 below_one = {__builtin_convertvector(binades > 0 ? binades : IntLanes{}, FloatLanes)};
+    const F32 margin = next * (broadcast(kMargin) + broadcast(kMarginPerBinade) * below_one);
+    IntLanes doubt = ~(next.v - sum.v > margin.v) & (bits != kAllEqual);
+    const int64_t pairs = count - 1 - i;
+    for (int lane = 0; pairs < kVector && lane < kVector; ++lane) doubt[lane] = lane < pairs ? doubt[lane] : 0;
+    doubtful |= doubt;
+  }
+  int32_t any = 0;
+  for (int lane = 0; lane < kVector; ++lane) any |= doubtful[lane];
+  return any == 0;
+}
+
+// 2^x for eight x in -1000..0, to 1e-15; plain loops that the compiler turns into this instruction set's vectors. Not
+// one multiply-add is fused, so all instruction sets give the same bits.
+CSIKERNELS_INLINE void exp2_of_eight(const double* x, double* y) {
+  constexpr double to_integer = 6755399441055744.0;  // 1.5 * 2^52
+  // Taylor coefficients of 2^t: |t| <= 1/2 makes the first one left out 4e-17
+  constexpr double c[] = {1.0,
+                          0.69314718055994530942,
+                          0.24022650695910071233,
+                          0.055504108664821579953,
+                          0.0096181291076284771619,
+                          0.0013333558146428443423,
+                          0.00015403530393381609954,
+                          1.5252733804059840280e-05,
+                          1.3215486790144309488e-06,
+                          1.0178086009239699727e-07,
+                          7.0549116208011233299e-09,
+                          4.4455382718708114976e-10,
+                          2.5678435993488205141e-11,
+                          1.3691488853904128880e-12};
+  for (int lane = 0; lane < 8; ++lane) {
+    const double shifted = x[lane] + to_integer, t = x[lane] - (shifted - to_integer);
+    double p = c[13];
+#pragma GCC unroll 13
+    for (int k = 12; k >= 0; --k) p = p * t + c[k];
+    int64_t bits;  // of shifted: its lowest ones are the integer
+    __builtin_memcpy(&bits, &shifted, sizeof(bits));
+    bits = (bits + 1023) << 52;
+    double power;
+    __builtin_memcpy(&power, &bits, sizeof(power));
+    y[lane] = p * power;
+  }
+}
+
+template <class Float>
+CSIKERNELS_INLINE void exact_sums(const Float* padded, const int64_t* positions, int64_t count, const ExactTerms& terms,
+                                  double* distances, double* nearest, double* total) {
+  constexpr double log2_e = 1.4426950408889634074;
+  for (int64_t begin = 0; begin < count; begin += 8) {
+    const int rest = count - begin < 8 ? static_cast<int>(count - begin) : 8;
+    const Float* at[8];
+    double centre[8], closest[8], sum[8];
+    for (int lane = 0; lane < 8; ++lane) {
+      at[lane] = padded + positions[begin + (lane < rest ? lane : 0)];
+      centre[lane] = *at[lane];
+      closest[lane] = __DBL_MAX__;
+      sum[lane] = 0;
+    }
+    for (int64_t k = 0; k < terms.count; ++k) {
+      double neighbour[8], *distance = distances + 8 * k;
+      for (int lane = 0; lane < 8; ++lane) neighbour[lane] = at[lane][terms.shifts[k]];
+      for (int lane = 0; lane < 8; ++lane) {
+        const double scaled = (centre[lane] - neighbour[lane]) * terms.inverse_bandwidth;
+        distance[lane] = 0.5 * (scaled * scaled);
+        closest[lane] = distance[lane] < closest[lane] ? distance[lane] : closest[lane];
+      }
+    }
+    for (int64_t k = 0; k < terms.count; ++k) {
+      double exponent[8], value[8];
+      for (int lane = 0; lane < 8; ++lane) {
+        const double x = (closest[lane] - distances[8 * k + lane]) * log2_e;
+        exponent[lane] = x < -200 ? -200 : x;  // NaN stays; 2^-200 is rounded to 0 below
+      }
+      exp2_of_eight(exponent, value);
+      for (int lane = 0; lane < 8; ++lane) sum[lane] += (value[lane] + terms.rounder) - terms.rounder;
+    }
+    for (int lane = 0; lane < rest; ++lane) {
+      const bool finite = centre[lane] - centre[lane] == 0;
+      nearest[begin + lane] = closest[lane];
+      total[begin + lane] = finite ? sum[lane] : __builtin_nan("");
+    }
+  }
+}
+
+void exact_sums_of_floats(const float* padded, const int64_t* positions, int64_t count, const ExactTerms& terms,
+                          double* scratch, double* nearest, double* total) {
+  exact_sums(padded, positions, count, terms, scratch, nearest, total);
+}
+
+void exact_sums_of_doubles(const double* padded, const int64_t* positions, int64_t count, const ExactTerms& terms,
+                           double* scratch, double* nearest, double* total) {
+  exact_sums(padded, positions, count, terms, scratch, nearest, total);
+}
+
+}  // namespace
