@@ -66,7 +66,6 @@ class Codebook:
         words, packed = torch.ops.csikernels.codebook_pack(new.detach(), self.precision)
         self._words, self._packs = words, {_dispatch.chosen_backend(): packed}
 
-    @accepts_arrays
     def search(self, h, environment=None):
         """Best codeword of each row of ``h``; see :func:`codebook_argmax` for the rules.
 
@@ -77,10 +76,18 @@ class Codebook:
         Returns:
             index int64 [N], similarity float32 [N].
         """
+        if type(h) is torch.Tensor and (environment is None or type(environment) is torch.Tensor):
+            return self._search(h, environment)  # a single query takes microseconds, and so does looking for arrays
+        return self._search_arrays(h, environment)
+
+    def _search(self, h, environment):
         _check_queries(h, self._words, environment)
-        return torch.ops.csikernels.codebook_search(
-            h.detach(), self._words, self._packed(), environment, self.precision
+        rows = h.detach() if h.requires_grad else h
+        return torch.ops.csikernels.codebook_search.default(
+            rows, self._words, self._packed(), environment, self.precision
         )
+
+    _search_arrays = accepts_arrays(_search)
 
     def _packed(self) -> torch.Tensor:
         # A pack has the layout of the backend that made it; forcing another backend packs anew, once.
@@ -88,6 +95,10 @@ class Codebook:
         if backend not in self._packs:
             self._packs[backend] = torch.ops.csikernels.codebook_pack(self._words, self.precision)[1]
         return self._packs[backend]
+
+    def __getstate__(self) -> dict:
+        # Copies and pickles pack anew: another machine may have another backend.
+        return {**self.__dict__, "_packs": {}}
 
     @property
     def shape(self) -> torch.Size:

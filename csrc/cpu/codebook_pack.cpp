@@ -1,0 +1,178 @@
+// csikernels::codebook_pack on the CPU: checks, scales and quantises the codewords, and lays them out in tiles.
+//
+// Bytes: the codewords once in, their copy and the tiles once out; two passes over a row in L1 between them.
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "cpu/codebook_layout.h"
+#include "cpu/codebook_rows.h"
+#include "dispatch.h"
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace csikernels::cpu {
+namespace {
+
+using namespace codebook;
+using WordsAndPack = std::tuple<at::Tensor, at::Tensor>;
+
+constexpr int64_t kComponentsPerThread = 1 << 15;  // fewer are packed faster than a thread wakes
+
+// The search walks through all of the pack, and jumps about in the words: fewer, larger pages miss the TLB less.
+void ask_for_huge_pages(const at::Tensor& tensor) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t page = 1 << 21;
+  const auto begin = reinterpret_cast<uintptr_t>(tensor.data_ptr());
+  const uintptr_t first = (begin + page - 1) / page * page, last = (begin + tensor.nbytes()) / page * page;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // only a hint
+#endif
+}
+
+// One codeword on its way into a tile, with the scratch that one thread reuses.
+struct Row {
+  explicit Row(int64_t components) : unit(components), values((components + 3) / 4 * 4) {}
+  std::vector<double> unit;
+  std::vector<int8_t> values;  // the padding stays 0
+};
+
+// Copies a codeword and sets its factor; false where it has no direction. complex128 words are scaled by a power of two
+// so that no factor leaves float64's range. unit = factor * word.
+template <class Float>
+bool take_word(const Float* from, int64_t components, Float* word, double& factor, double* unit) {
+  int exponent = 0;
+  if (!scale_row(from, components, unit, exponent)) return false;
+  const double inverse = 1 / norm(unit, components);
+  if constexpr (std::is_same_v<Float, double>) {
+    std::memcpy(word, unit, components * sizeof(Float));
+    factor = inverse;
+  } else {
+    if (word != from) std::memcpy(word, from, components * sizeof(Float));
+    factor = inverse * std::ldexp(1.0, -exponent);
+  }
+  for (int64_t c = 0; c < components; ++c) unit[c] *= inverse;
+  return true;
+}
+
+void put_int8(uint8_t* tile, int lane, Row& row, int64_t components) {
+  const Quantized q = quantize(row.unit.data(), components, largest_level(components), row.values.data());
+  const int64_t steps = int8_steps(components);
+  for (int64_t step = 0; step < steps; ++step) {
+    uint8_t* four = tile + (step * kTileWords + lane) * 4;
+    for (int i = 0; i < 4; ++i) four[i] = static_cast<uint8_t>(row.values[step * 4 + i] + 128);
+  }
+  auto* numbers = reinterpret_cast<float*>(tile + steps * 4 * kTileWords);
+  numbers[lane] =
+      q.scale * q.scale * (1 + 4 * kRounding);  // rounded up: what is compared with a bound may be too large
+  numbers[kTileWords + lane] = q.residual;
+}
+
+void pad_int8(uint8_t* tile, int lane, int64_t components) {
+  const int64_t steps = int8_steps(components);
+  for (int64_t step = 0; step < steps; ++step) std::memset(tile + (step * kTileWords + lane) * 4, 128, 4);
+  auto* numbers = reinterpret_cast<float*>(tile + steps * 4 * kTileWords);
+  numbers[lane] = 0;
+  numbers[kTileWords + lane] = -std::numeric_limits<float>::infinity();
+}
+
+void put_float32(uint8_t* tile, int lane, const double* unit, int64_t components) {
+  auto* numbers = reinterpret_cast<float*>(tile) + lane;
+  for (int64_t c = 0; c < components; ++c)
+    numbers[c * kTileWords] = unit == nullptr ? 0.0f : static_cast<float>(unit[c]);
+}
+
+// Packs all tiles of all books; returns the first codeword without a direction, or the number of codewords.
+template <class Float>
+int64_t pack_tiles(const Header& header, const Float* from, Float* words, uint8_t* packed) {
+  const int64_t count = header.books * header.words, components = header.components;
+  auto* factors = reinterpret_cast<double*>(packed + header.factors_at());
+  std::atomic<int64_t> refused{count};
+  const int64_t grain = std::max<int64_t>(1, kComponentsPerThread / (kTileWords * components));
+  at::parallel_for(0, header.books * header.tiles, grain, [&](int64_t begin, int64_t end) {
+    Row row(components);
+    for (int64_t t = begin; t < end; ++t) {
+      uint8_t* tile = packed + header.tiles_at() + t * header.tile_bytes;
+      const int64_t book = t / header.tiles, first = t % header.tiles * kTileWords;
+      for (int lane = 0; lane < kTileWords; ++lane) {
+        if (first + lane >= header.words) {
+          header.exact ? pad_int8(tile, lane, components) : put_float32(tile, lane, nullptr, components);
+          continue;
+        }
+        const int64_t word = book * header.words + word_at(header, first + lane);
+        if (!take_word(from + word * components, components, words + word * components, factors[word],
+                       row.unit.data())) {
+          int64_t before = refused.load();
+          while (word < before && !refused.compare_exchange_weak(before, word)) {
+          }
+          continue;
+        }
+        header.exact ? put_int8(tile, lane, row, components) : put_float32(tile, lane, row.unit.data(), components);
+      }
+    }
+  });
+  return refused;
+}
+
+void refuse(const at::Tensor& codebook, const Header& header, int64_t word) {
+  const at::Tensor row = codebook.reshape({-1, codebook.size(-1)})[word];
+  std::string name = "codeword " + std::to_string(word % header.words);
+  if (codebook.dim() == 3) name += " of environment " + std::to_string(word / header.words);
+  TORCH_CHECK_VALUE(false, "codebook: expected finite, non-zero codewords, but ", name,
+                    row.ne(0).any().item<bool>() ? " holds NaN or infinity" : " is zero");
+}
+
+// codebook complex [K, D] or [E, K, D] -> words (a contiguous copy), packed uint8 (codebook_layout.h)
+WordsAndPack pack(const at::Tensor& codebook, c10::string_view precision) {
+  if (!is_chosen(Backend::cpp)) {
+    return call_python<WordsAndPack(const at::Tensor&, c10::string_view)>("codebook_pack", codebook, precision);
+  }
+  TORCH_CHECK_TYPE(codebook.scalar_type() == at::kComplexFloat || codebook.scalar_type() == at::kComplexDouble,
+                   "codebook: expected complex64 or complex128, got ", codebook.scalar_type());
+  TORCH_CHECK_VALUE((codebook.dim() == 2 || codebook.dim() == 3) && codebook.numel() > 0,
+                    "codebook: expected a non-empty [K, D] or [E, K, D], got shape ", codebook.sizes());
+  TORCH_CHECK_VALUE(precision == "exact" || precision == "float32", "precision: expected 'exact' or 'float32', got '",
+                    precision, "'");
+  const int64_t books = codebook.dim() == 3 ? codebook.size(0) : 1;
+  const int64_t components = 2 * codebook.size(-1);
+  TORCH_CHECK_VALUE(codebook.size(-2) < (int64_t(1) << 31) && components < (int64_t(1) << 31),
+                    "codebook: expected fewer than 2^31 codewords of fewer than 2^30 numbers, got shape ",
+                    codebook.sizes());
+  const Header header = layout(precision == "exact", books, codebook.size(-2), components);
+
+  const at::Tensor from = codebook.resolve_conj().resolve_neg().contiguous();
+  // What had to be made contiguous is already a copy.
+  at::Tensor words = from.is_alias_of(codebook) ? at::empty(from.sizes(), from.options()) : from;
+  at::Tensor packed = at::empty({header.bytes()}, from.options().dtype(at::kByte));
+  ask_for_huge_pages(words);
+  ask_for_huge_pages(packed);
+  auto* bytes = packed.mutable_data_ptr<uint8_t>();
+  std::memset(bytes, 0, header.tiles_at());
+  std::memcpy(bytes, &header, sizeof(header));
+  int64_t refused;
+  if (from.scalar_type() == at::kComplexFloat) {
+    refused = pack_tiles(header, static_cast<const float*>(from.const_data_ptr()),
+                         static_cast<float*>(words.mutable_data_ptr()), bytes);
+  } else {
+    refused = pack_tiles(header, static_cast<const double*>(from.const_data_ptr()),
+                         static_cast<double*>(words.mutable_data_ptr()), bytes);
+  }
+  if (refused < books * header.words) refuse(codebook, header, refused);
+  return {words, packed};
+}
+
+}  // namespace
+}  // namespace csikernels::cpu
+
+TORCH_LIBRARY_IMPL(csikernels, CPU, m) { m.impl("codebook_pack", &csikernels::cpu::pack); }
