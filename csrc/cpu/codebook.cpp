@@ -23,7 +23,7 @@ namespace {
 using namespace codebook;
 using IndexAndSimilarity = std::tuple<at::Tensor, at::Tensor>;
 
-constexpr int64_t kProductsPerThread = 1 << 19;  // complex products below which another thread costs more than it saves
+constexpr int64_t kProductsPerThread = 1 << 18;  // complex products below which another thread costs more than it saves
 constexpr int64_t kGroupsPerThread = 8;          // with fewer groups of queries, threads divide the words instead
 constexpr int64_t kRowsAtOnce = 1026;            // queries that one thread holds prepared
 
