@@ -1,26 +1,27 @@
 """Timings of LASCO on many small models against what one would write in PyTorch.
 
-Peers: a loop over the modules, ``torch.func.vmap`` over their stacked parameters, and the same stacked by hand with
-``baddbmm``. Every result is checked before it is timed.
+Peers, all in float32: a loop over the modules, ``torch.func.vmap`` over their stacked parameters, and the same stacked
+by hand with ``baddbmm``. The slots come in order, one sample each, which favours the peers: they could not mix slots.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 
 import pytest
 import torch
-from lasco_parts import check, exact, inputs, loop, modules, run
+from compare import compare
+from lasco_parts import check, exact, inputs, loop, modules
 from torch import Tensor
 from torch.nn import functional as F
 
-import csikernels
 from csikernels import SamBank, lasco_forward
 
-BACKENDS = csikernels.backends()["lasco_forward"]["cpu"]
 SLOTS = [1, 8, 64]  # one sample each
-SAM_SIZES = [(2, 64), (1, 64), (4, 64), (2, 32), (2, 128)]  # layers, width
+OTHER_SIZES = [(1, 64), (4, 64), (2, 32), (2, 128)]  # layers, width: those around the standard size in Fig. 10
+PEAKS = {"float32": "float32", "bfloat16": "bfloat16"}
 
 
 def vmapped(reference, proxies, alpha) -> Callable:
@@ -69,45 +70,36 @@ def stacked(reference, proxies, alpha) -> Callable:
 PEERS = {"loop over modules": loop, "torch.func.vmap": vmapped, "torch.baddbmm by hand": stacked}
 
 
-def time_bank(benchmark, slots: int, precision: str, backend: str, sizes: tuple[int, int]) -> None:
-    parts = modules(slots, *sizes)
+def operations(slots: int, layers: int, width: int, tokens: int = 32, features: int = 64) -> float:
+    """Of the proxies and of the reference, one sample each; feed-forward width 4 x width."""
+    block = 4 * width**2 + 2 * width * (4 * width) + 2 * tokens * width
+    return 2 * slots * 2 * tokens * (2 * features * width + layers * block)
+
+
+def time_forward(benchmark, slots: int, layers: int, width: int) -> None:
+    parts = modules(slots, layers, width)
     h_in, base_output, slot = inputs(slots)
-    with csikernels.use_backend(backend), torch.inference_mode():
-        bank = SamBank.from_modules(*parts, precision=precision)
-        check(lasco_forward(h_in, base_output, bank, slot), exact(*parts, h_in, base_output), precision)
-        run(benchmark, f"csikernels {backend} {precision}", lasco_forward, h_in, base_output, bank, slot)
-
-
-def time_peer(benchmark, slots: int, peer: str, sizes: tuple[int, int]) -> None:
-    parts = modules(slots, *sizes)
-    h_in, base_output, _ = inputs(slots)
+    expected = exact(*parts, h_in, base_output)
     with torch.inference_mode():
-        forward = PEERS[peer](*parts)
-        check(forward(h_in, base_output), exact(*parts, h_in, base_output), "float32")
-        run(benchmark, peer, forward, h_in, base_output)
+        banks = {precision: SamBank.from_modules(*parts, precision=precision) for precision in PEAKS}
+        peers = {name: functools.partial(make(*parts), h_in, base_output) for name, make in PEERS.items()}
+        compare(
+            benchmark,
+            f"lasco_forward, {slots} slots, {layers} blocks, d={width}",
+            {name: functools.partial(lasco_forward, h_in, base_output, bank, slot) for name, bank in banks.items()},
+            peers,
+            check=lambda name, output: check(output, expected, name if name in banks else "float32"),
+            flops=operations(slots, layers, width),
+            peak=PEAKS,
+            calls=max(1, 16 // slots),
+        )
 
 
 @pytest.mark.parametrize("slots", SLOTS)
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_forward(benchmark, slots, precision, backend):
-    benchmark.group = f"lasco_forward, {slots} slots with one sample each"
-    time_bank(benchmark, slots, precision, backend, SAM_SIZES[0])
+def test_forward(benchmark, slots):
+    time_forward(benchmark, slots, 2, 64)
 
 
-@pytest.mark.parametrize("slots", SLOTS)
-@pytest.mark.parametrize("peer", PEERS)
-def test_forward_peers(benchmark, slots, peer):
-    benchmark.group = f"lasco_forward, {slots} slots with one sample each"
-    time_peer(benchmark, slots, peer, SAM_SIZES[0])
-
-
-@pytest.mark.parametrize("sizes", SAM_SIZES[1:], ids=lambda sizes: f"{sizes[0]}x{sizes[1]}")
-@pytest.mark.parametrize("who", [*BACKENDS, *PEERS])
-def test_forward_of_other_sizes(benchmark, sizes, who):
-    """SAM sizes around those of Fig. 10."""
-    benchmark.group = f"lasco_forward, 8 slots, {sizes[0]} blocks of width {sizes[1]}"
-    if who in PEERS:
-        time_peer(benchmark, 8, who, sizes)
-    else:
-        time_bank(benchmark, 8, "float32", who, sizes)
+@pytest.mark.parametrize("sizes", OTHER_SIZES, ids=lambda sizes: f"{sizes[0]}x{sizes[1]}")
+def test_forward_of_other_sizes(benchmark, sizes):
+    time_forward(benchmark, 64, *sizes)

@@ -27,7 +27,8 @@ class _Weights(nn.Module):
                 self.register_buffer(name, tensor)
 
     def tensors(self) -> list[Tensor]:
-        return [getattr(self, name) for name in self._names]
+        own = self._parameters or self._buffers  # getattr would look through both for each name
+        return [own[name] if name in own else getattr(self, name) for name in self._names]
 
 
 class SamBank(nn.Module):

@@ -27,7 +27,7 @@ using OutputAndShift = std::tuple<at::Tensor, at::Tensor>;
 
 // Samples whose proxies run before the reference runs on all of them: the reference's weights then come from the second
 // cache level but for the first, and the samples between do not push them out more often.
-constexpr int64_t kTurn = 8;
+constexpr int64_t kTurn = 2;
 // Below this many operations a second thread costs more to wake than it saves.
 constexpr double kOperationsPerThread = 1e6;
 

@@ -114,8 +114,8 @@ class SamNetwork {
       return x;
     } else {
       for (int64_t column = 0; column < stride_; column += F32::lanes) {
-        in_pairs(
-            rows, column, [&](int64_t row) { return load(x + row * stride_ + column); },
+        in_pairs<1>(
+            rows, column, [&](int64_t row, int) { return load(x + row * stride_ + column); },
             [&]<int R, int V>(int64_t row, int64_t at, Tile<R, V> tile)
                 CSIKERNELS_INLINE_LAMBDA { Arithmetic::store_operand(y, stride_, row, at, tile); });
       }

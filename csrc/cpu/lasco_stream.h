@@ -74,7 +74,7 @@ class WeightStream {
     return place;
   }
 
-  static CSIKERNELS_INLINE void fetch(const char* place) { __builtin_prefetch(place, 0, 2); }
+  static CSIKERNELS_INLINE void fetch(const char* place) { __builtin_prefetch(place, 0, 3); }
 
  private:
   __attribute__((noinline)) void cross() {

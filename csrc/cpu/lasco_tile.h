@@ -126,12 +126,57 @@ CSIKERNELS_INLINE void product(W w, int64_t rows, int64_t depth, const Operand* 
   product(w, rows, depth, x, x_stride, columns, nothing, sink);
 }
 
-// Hands the sink result(row) for all rows at one column, two rows at a time.
-template <class Result, class Sink>
+// Hands the sink result(row, v) for all rows of V columns, two rows at a time.
+template <int V, class Result, class Sink>
 CSIKERNELS_INLINE void in_pairs(int64_t rows, int64_t column, const Result& result, const Sink& sink) {
   int64_t row = 0;
-  for (; row + 2 <= rows; row += 2) sink(row, column, Tile<2, 1>{{{result(row)}, {result(row + 1)}}});
-  if (row < rows) sink(row, column, Tile<1, 1>{{{result(row)}}});
+  for (; row + 2 <= rows; row += 2) {
+    Tile<2, V> pair;
+    for_tile<2, V>([&](int r, int v) { pair.at[r][v] = result(row + r, v); });
+    sink(row, column, pair);
+  }
+  if (row < rows) {
+    Tile<1, V> last;
+    for_tile<1, V>([&](int, int v) { last.at[0][v] = result(row, v); });
+    sink(row, column, last);
+  }
+}
+
+// total[v] = the sum (or, with another `join`, the maximum) of what term(row, v, so_far) builds up over the rows. In
+// four strands: one alone would wait for each addition.
+template <int V, class Term, class Join>
+CSIKERNELS_INLINE void down_rows(int64_t rows, F32 start, F32 (&total)[V], const Term& term, const Join& join) {
+  F32 strand[4][V];
+  for_tile<4, V>([&](int r, int v) { strand[r][v] = start; });
+  int64_t row = 0;
+  for (; row + 4 <= rows; row += 4) {
+    for_tile<4, V>([&](int r, int v) { strand[r][v] = term(row + r, v, strand[r][v]); });
+  }
+  for (; row < rows; ++row) for_tile<1, V>([&](int, int v) { strand[0][v] = term(row, v, strand[0][v]); });
+  for_tile<1, V>(
+      [&](int, int v) { total[v] = join(join(strand[0][v], strand[1][v]), join(strand[2][v], strand[3][v])); });
+}
+
+CSIKERNELS_INLINE F32 add(F32 a, F32 b) { return a + b; }
+
+template <int V, class Sink>
+CSIKERNELS_INLINE void layer_norm_columns(const float* x, int64_t x_stride, int64_t features, int64_t column, float eps,
+                                          float* rstd, const Sink& sink) {
+  const auto at = [=](int64_t row, int v) { return load(x + row * x_stride + column + v * F32::lanes); };
+  const F32 share = broadcast(1.0f / static_cast<float>(features)), zero = broadcast(0.0f);
+  F32 mean[V], scale[V];
+  down_rows<V>(features, zero, mean, [&](int64_t row, int v, F32 sum) { return sum + at(row, v); }, add);
+  for_tile<1, V>([&](int, int v) { mean[v] = mean[v] * share; });
+  const auto squares = [&](int64_t row, int v, F32 sum) {
+    const F32 centred = at(row, v) - mean[v];
+    return fma(centred, centred, sum);
+  };
+  down_rows<V>(features, zero, scale, squares, add);
+  for_tile<1, V>([&](int, int v) {
+    scale[v] = broadcast(1.0f) / sqrt(fma(scale[v], share, broadcast(eps)));
+    if (rstd != nullptr) store(rstd + column + v * F32::lanes, scale[v]);
+  });
+  in_pairs<V>(features, column, [&](int64_t row, int v) { return (at(row, v) - mean[v]) * scale[v]; }, sink);
 }
 
 // (x - mean) / sqrt(variance + eps) over the rows of x [features][x_stride], without weight and bias, into the sink;
@@ -139,36 +184,40 @@ CSIKERNELS_INLINE void in_pairs(int64_t rows, int64_t column, const Result& resu
 template <class Sink>
 CSIKERNELS_INLINE void layer_norm(const float* x, int64_t x_stride, int64_t features, int64_t columns, float eps,
                                   float* rstd, const Sink& sink) {
-  const F32 share = broadcast(1.0f / static_cast<float>(features));
-  for (int64_t column = 0; column < columns; column += F32::lanes) {
-    F32 sum = broadcast(0.0f), squares = broadcast(0.0f);
-    for (int64_t row = 0; row < features; ++row) sum = sum + load(x + row * x_stride + column);
-    const F32 mean = sum * share;
-    for (int64_t row = 0; row < features; ++row) {
-      const F32 centred = load(x + row * x_stride + column) - mean;
-      squares = fma(centred, centred, squares);
-    }
-    const F32 scale = broadcast(1.0f) / sqrt(fma(squares, share, broadcast(eps)));
-    if (rstd != nullptr) store(rstd + column, scale);
-    in_pairs(features, column, [&](int64_t row) { return (load(x + row * x_stride + column) - mean) * scale; }, sink);
+  int64_t column = 0;
+  for (; column + kTileColumns <= columns; column += kTileColumns) {
+    layer_norm_columns<kTileVectors>(x, x_stride, features, column, eps, rstd, sink);
   }
+  if (column < columns) layer_norm_columns<1>(x, x_stride, features, column, eps, rstd, sink);
+}
+
+template <int V, class Sink>
+CSIKERNELS_INLINE void softmax_columns(float* s, int64_t s_stride, int64_t keys, int64_t column, F32 scale,
+                                       const Sink& sink) {
+  const auto place = [=](int64_t key, int v) { return s + key * s_stride + column + v * F32::lanes; };
+  F32 largest[V], share[V];
+  const auto larger = [&](int64_t key, int v, F32 so_far) { return max(so_far, load(place(key, v))); };
+  down_rows<V>(keys, broadcast(-__builtin_inff()), largest, larger, [](F32 a, F32 b) { return max(a, b); });
+  const auto weigh = [&](int64_t key, int v, F32 sum) {
+    const F32 weight = exp2((load(place(key, v)) - largest[v]) * scale);
+    store(place(key, v), weight);
+    return sum + weight;
+  };
+  down_rows<V>(keys, broadcast(0.0f), share, weigh, add);
+  for_tile<1, V>([&](int, int v) { share[v] = broadcast(1.0f) / share[v]; });
+  in_pairs<V>(keys, column, [&](int64_t key, int v) { return load(place(key, v)) * share[v]; }, sink);
 }
 
 // softmax(scale * s) down the rows of s [keys][s_stride], into the sink; s is overwritten.
 template <class Sink>
 CSIKERNELS_INLINE void softmax(float* s, int64_t s_stride, int64_t keys, int64_t columns, float scale,
                                const Sink& sink) {
-  for (int64_t column = 0; column < columns; column += F32::lanes) {
-    F32 largest = load(s + column), sum = broadcast(0.0f);
-    for (int64_t key = 1; key < keys; ++key) largest = max(largest, load(s + key * s_stride + column));
-    for (int64_t key = 0; key < keys; ++key) {
-      const F32 weight = exp((load(s + key * s_stride + column) - largest) * broadcast(scale));
-      sum = sum + weight;
-      store(s + key * s_stride + column, weight);
-    }
-    const F32 share = broadcast(1.0f) / sum;
-    in_pairs(keys, column, [&](int64_t key) { return load(s + key * s_stride + column) * share; }, sink);
+  const F32 binary = broadcast(scale * 1.44269504f);  // e^a = 2^(a / ln 2)
+  int64_t column = 0;
+  for (; column + kTileColumns <= columns; column += kTileColumns) {
+    softmax_columns<kTileVectors>(s, s_stride, keys, column, binary, sink);
   }
+  if (column < columns) softmax_columns<1>(s, s_stride, keys, column, binary, sink);
 }
 
 CSIKERNELS_INLINE F32 relu(F32 a) { return max(broadcast(0.0f), a); }  // NaN stays NaN
