@@ -25,7 +25,7 @@ using IndexAndSimilarity = std::tuple<at::Tensor, at::Tensor>;
 
 constexpr int64_t kProductsPerThread = 1 << 18;  // complex products below which another thread costs more than it saves
 constexpr int64_t kGroupsPerThread = 8;          // with fewer groups of queries, threads divide the words instead
-constexpr int64_t kRowsAtOnce = 1026;            // queries that one thread holds prepared
+constexpr int64_t kRowsAtOnce = 258;  // queries that one thread holds prepared, and takes through the words at once
 
 const Kernels& kernels_in_force() {
 #if defined(__x86_64__)
@@ -223,7 +223,8 @@ IndexAndSimilarity search(const at::Tensor& h, const at::Tensor& words, const at
                       h.size(0), "], got ", environment->sizes());
   }
   const bool exact = precision == "exact";
-  const at::Tensor pack = packed.contiguous();
+  at::Tensor pack = packed.contiguous();
+  if (reinterpret_cast<uintptr_t>(pack.const_data_ptr()) % alignof(double) != 0) pack = pack.clone();  // a slice
   const Header header = check_pack(words, pack, exact);
 
   const int64_t n = h.size(0);

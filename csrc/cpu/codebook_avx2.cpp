@@ -24,7 +24,7 @@ CSIKERNELS_INLINE Query load_query(const int8_t* p) {
 CSIKERNELS_INLINE IntLanes dot4(IntLanes sum, Words w, Query q) {
   return sum + (IntLanes)_mm256_madd_epi16(_mm256_maddubs_epi16(w, q), _mm256_set1_epi16(1));
 }
-CSIKERNELS_INLINE unsigned bits(Mask mask) { return _mm256_movemask_ps((__m256)mask.v); }
+CSIKERNELS_INLINE unsigned at_least(F32 a, F32 b) { return _mm256_movemask_ps((__m256)(a.v >= b.v)); }
 CSIKERNELS_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 
 }  // namespace

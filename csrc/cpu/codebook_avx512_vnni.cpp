@@ -22,7 +22,7 @@ CSIKERNELS_INLINE Query load_query(const int8_t* p) {
 CSIKERNELS_INLINE IntLanes dot4(IntLanes sum, Words w, Query q) {
   return (IntLanes)_mm512_dpbusd_epi32((__m512i)sum, w, q);
 }
-CSIKERNELS_INLINE unsigned bits(Mask mask) { return _mm512_movepi32_mask((__m512i)mask.v); }
+CSIKERNELS_INLINE unsigned at_least(F32 a, F32 b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GE_OQ); }
 CSIKERNELS_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 
 }  // namespace

@@ -3,7 +3,7 @@
 //   Words load_words(const uint8_t*)            lanes x 4 components of words, value + 128
 //   Query load_query(const int8_t*)             4 components of a query, the same in every lane
 //   IntLanes dot4(IntLanes, Words, Query)       adds the four products of each lane
-//   unsigned bits(Mask)                         bit l is lane l
+//   unsigned at_least(F32 a, F32 b)             bit l: a >= b in lane l
 //   void prefetch(const void*)
 //   kGroup, kQueryLevel, kWideTiles             queries and tiles per pass of the int8 kernel
 
@@ -22,47 +22,37 @@ F32 to_float(IntLanes a) { return {__builtin_convertvector(a, FloatLanes)}; }
 
 CSIKERNELS_INLINE float lowered(float a) { return a - (a < 0 ? -a : a) * kRounding; }
 
-// The int8 products of one query with the words of one vector of a tile, and what is stored with these words.
-struct Compared {
-  F32 squared, residual;
-  Mask hits;
-};
-
-// Whether |w8^H q8|^2 s^2 may beat the best so far.
-CSIKERNELS_INLINE Compared compare(const IntLanes& real, const IntLanes& imaginary, const float* numbers,
-                                   float threshold, float slope) {
+// |w8^H q8|^2 s^2 of the words of one vector of a tile; `numbers` is what is stored with these words.
+CSIKERNELS_INLINE F32 squared_product(const IntLanes& real, const IntLanes& imaginary, const float* numbers) {
   const F32 x = to_float(real), y = to_float(imaginary);
-  const F32 squared = fma(x, x, y * y) * load(numbers), residual = load(numbers + kTileWords);
-  const F32 needed = max(fnma(broadcast(slope), residual, broadcast(threshold)), broadcast(0.0f));
-  return {squared, residual, Mask{squared.v >= needed.v * needed.v}};
+  return fma(x, x, y * y) * load(numbers);
 }
 
-// Lists the words of one tile that may beat the best. Out of line, because it is rare.
-template <int T>
-__attribute__((noinline)) void keep(const IntLanes (*sums)[2][T * kVectors], const uint8_t* tail, int64_t bytes,
-                                    int64_t first, Int8Group& g) {
-  for (int n = 0; n < T * kVectors; ++n) {
-    const int64_t at = n / kVectors, offset = n % kVectors * F32::lanes;
-    const float* numbers = reinterpret_cast<const float*>(tail + at * bytes) + offset;
-    for (int q = 0; q < g.queries; ++q) {
-      const float threshold = lowered(g.best[q] - g.error[q]);
-      const Compared c = compare(sums[q][0][n], sums[q][1][n], numbers, threshold, g.slope[q]);
-      unsigned hits = bits(c.hits);
-      if (hits == 0) continue;
-      const F32 root = sqrt(c.squared), margin = fma(broadcast(g.slope[q]), c.residual, broadcast(g.error[q]));
-      float low[F32::lanes], high[F32::lanes];
-      store(low, fnma(root, broadcast(kRounding), root - margin));
-      store(high, fma(root, broadcast(kRounding), root + margin));
-      int count = g.count[q];
-      for (; hits != 0; hits &= hits - 1) {
-        const int lane = __builtin_ctz(hits);
-        g.position[q][count] = static_cast<uint32_t>((first + at) * kTileWords + offset + lane);
-        g.upper[q][count++] = high[lane];
-        if (low[lane] > g.best[q]) g.best[q] = low[lane];
-      }
-      g.count[q] = count;
-    }
+// Which of the words may beat the best so far, one bit each.
+CSIKERNELS_INLINE unsigned may_win(F32 squared, F32 residual, float threshold, float slope) {
+  const F32 needed = max(fnma(broadcast(slope), residual, broadcast(threshold)), broadcast(0.0f));
+  return at_least(squared, needed * needed);
+}
+
+// Lists the words of one vector that may beat the best. Out of line, because it is rare.
+__attribute__((noinline)) void keep(const IntLanes& real, const IntLanes& imaginary, const float* numbers,
+                                    int64_t position, int q, Int8Group& g) {
+  const F32 squared = squared_product(real, imaginary, numbers), residual = load(numbers + kTileWords);
+  unsigned hits = may_win(squared, residual, lowered(g.best[q] - g.error[q]), g.slope[q]);
+  const F32 root = sqrt(squared), margin = fma(broadcast(g.slope[q]), residual, broadcast(g.error[q]));
+  float low[F32::lanes], high[F32::lanes];
+  store(low, fnma(root, broadcast(kRounding), root - margin));
+  store(high, fma(root, broadcast(kRounding), root + margin));
+  int count = g.count[q];
+  float best = g.best[q];
+  for (; hits != 0; hits &= hits - 1) {
+    const int lane = __builtin_ctz(hits);
+    g.position[q][count] = static_cast<uint32_t>(position + lane);
+    g.upper[q][count++] = high[lane];
+    best = low[lane] > best ? low[lane] : best;
   }
+  g.count[q] = count;
+  g.best[q] = best;
 }
 
 // The products of Q queries with T tiles: 2 Q T kVectors C accumulators, C chains of steps each.
@@ -133,17 +123,27 @@ void filter_tiles(const uint8_t* tiles, int64_t components, int64_t first, Int8G
   const uint8_t* tail = tile + steps * 4 * kTileWords;
   IntLanes sums[Q][2][N];
   multiply<Q, T, C>(tile, bytes, steps, g, sums);
-  IntLanes any = {};
+  const auto numbers = [&](int n) {
+    return reinterpret_cast<const float*>(tail + n / kVectors * bytes) + n % kVectors * F32::lanes;
+  };
+  unsigned hits[Q][N], any = 0;
   for (int q = 0; q < Q; ++q) {
     const float threshold = lowered(g.best[q] - g.error[q]);
 #pragma GCC unroll 8
     for (int n = 0; n < N; ++n) {
-      const float* numbers = reinterpret_cast<const float*>(tail + n / kVectors * bytes) + n % kVectors * F32::lanes;
-      any |= compare(sums[q][0][n], sums[q][1][n], numbers, threshold, g.slope[q]).hits.v;
+      const F32 squared = squared_product(sums[q][0][n], sums[q][1][n], numbers(n));
+      hits[q][n] = may_win(squared, load(numbers(n) + kTileWords), threshold, g.slope[q]);
+      any |= hits[q][n];
     }
   }
-  if (bits(Mask{any}) != 0) [[unlikely]]
-    keep<T>(sums, tail, bytes, first, g);
+  if (any == 0) [[likely]]
+    return;
+  for (int q = 0; q < Q; ++q) {
+    for (int n = 0; n < N; ++n) {
+      if (hits[q][n] == 0) continue;
+      keep(sums[q][0][n], sums[q][1][n], numbers(n), first * kTileWords + n * F32::lanes, q, g);
+    }
+  }
 }
 
 template <int Q>

@@ -45,8 +45,8 @@ struct Int8Group {
   float slope[kMaxGroup];         // (1 + E) / t, times a word's residual
   float error[kMaxGroup];         // E / t
   float best[kMaxGroup];          // in, out: lower bound of the best similarity / t
-  int32_t count[kMaxGroup];       // in, out: words kept so far
-  uint32_t* position[kMaxGroup];  // [kCapacity] where in the tiles each kept word lies
+  int32_t count[kMaxGroup];       // in, out: words listed so far
+  uint32_t* position[kMaxGroup];  // [kCapacity] where in the tiles each listed word lies
   float* upper[kMaxGroup];        // [kCapacity] its upper bound
 };
 

@@ -45,10 +45,13 @@ CSIKERNELS_INLINE IntLanes dot4(IntLanes sum, Words w, Query q) {
   return sum + multiply_pairs(w.even, q.even) + multiply_pairs(w.odd, q.odd);
 }
 
-CSIKERNELS_INLINE unsigned bits(Mask mask) {
-  unsigned all = 0;
-  for (int i = 0; i < kLanes; ++i) all |= (mask.v[i] & 1u) << i;
-  return all;
+CSIKERNELS_INLINE unsigned at_least(F32 a, F32 b) {
+  const IntLanes mask = a.v >= b.v;
+#if defined(__SSE2__)
+  return _mm_movemask_ps((__m128)mask);
+#else
+  return (mask[0] & 1u) | (mask[1] & 2u) | (mask[2] & 4u) | (mask[3] & 8u);
+#endif
 }
 
 CSIKERNELS_INLINE void prefetch(const void*) {}

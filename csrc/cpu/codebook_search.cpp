@@ -154,12 +154,7 @@ namespace {
 class ExactSearch {
  public:
   ExactSearch(const Kernels& kernels, const Book& book, const Queries& queries, Candidates* found)
-      : kernels_(kernels),
-        book_(book),
-        queries_(queries),
-        found_(found),
-        positions_(scratch<uint32_t>(queries.count * kCapacity)),
-        upper_(scratch<float>(queries.count * kCapacity)) {
+      : kernels_(kernels), book_(book), queries_(queries), found_(found), kept_(queries.count) {
     const int64_t padded = int8_steps(queries.components) * 4;
     for (int64_t i = 0; i < queries.count; i += queries.group) {
       Int8Group& g = groups_.emplace_back();
@@ -174,8 +169,8 @@ class ExactSearch {
         g.error[q] = static_cast<float>(e.int8 / e.scale * (1 + 4 * kRounding));
         g.best[q] = static_cast<float>(-1 / e.scale);
         g.count[q] = 0;
-        g.position[q] = positions_.get() + (i + q) * kCapacity;
-        g.upper[q] = upper_.get() + (i + q) * kCapacity;
+        g.position[q] = position_[q];
+        g.upper[q] = upper_[q];
       }
     }
   }
@@ -188,13 +183,15 @@ class ExactSearch {
       for (size_t i = 0; i < groups_.size(); ++i) {
         kernels_.filter(book_.tiles, components, tile, end, groups_[i]);
         for (int q = 0; q < groups_[i].queries; ++q) {
-          if (groups_[i].count[q] > kSettleAbove) settle(groups_[i], q, i * queries_.group + q);
+          const int64_t query = i * queries_.group + q;
+          if (groups_[i].count[q] > 0 && !put_aside(groups_[i], q, query)) settle(groups_[i], q, query);
         }
       }
     }
     for (size_t i = 0; i < groups_.size(); ++i) {
       for (int q = 0; q < groups_[i].queries; ++q) {
         const int64_t query = i * queries_.group + q;
+        take_back(groups_[i], q, query);
         settle(groups_[i], q, query);
         found_[query].finish(book_, unit(query));
       }
@@ -203,6 +200,29 @@ class ExactSearch {
 
  private:
   const double* unit(int64_t query) const { return queries_.unit.get() + query * queries_.components; }
+
+  // Empties a short list into the query's own, for the kernel's lists serve one group after the other. False where the
+  // list has become long; it then holds all of the query's words.
+  bool put_aside(Int8Group& g, int q, int64_t query) {
+    Kept& kept = kept_[query];
+    if (kept.count + g.count[q] > kSettleAbove) {
+      take_back(g, q, query);
+      return false;
+    }
+    std::copy_n(g.position[q], g.count[q], kept.position + kept.count);
+    std::copy_n(g.upper[q], g.count[q], kept.upper + kept.count);
+    kept.count += g.count[q];
+    g.count[q] = 0;
+    return true;
+  }
+
+  void take_back(Int8Group& g, int q, int64_t query) {
+    Kept& kept = kept_[query];
+    std::copy_n(kept.position, kept.count, g.position[q] + g.count[q]);
+    std::copy_n(kept.upper, kept.count, g.upper[q] + g.count[q]);
+    g.count[q] += kept.count;
+    kept.count = 0;
+  }
 
   // Scores the listed words that may still win, the one with the highest bound first: it usually rules out the rest.
   void settle(Int8Group& g, int q, int64_t query) {
@@ -259,8 +279,14 @@ class ExactSearch {
   const Queries& queries_;
   Candidates* found_;
   std::vector<Int8Group> groups_;
-  std::unique_ptr<uint32_t[]> positions_;
-  std::unique_ptr<float[]> upper_;
+  struct Kept {
+    int count = 0;
+    uint32_t position[kSettleAbove];
+    float upper[kSettleAbove];
+  };
+  std::vector<Kept> kept_;  // of each query
+  uint32_t position_[kMaxGroup][kCapacity];
+  float upper_[kMaxGroup][kCapacity];
 };
 
 }  // namespace
