@@ -58,8 +58,14 @@ TORCH_LIBRARY(csikernels, m) {
       "Tensor[] packed, int heads, str activation, bool norm_first, float eps, bool keep_shift) -> (Tensor, Tensor)",
       tags);
   m.def(
+      "lasco_training_forward(Tensor h_in, Tensor base_output, Tensor slot, Tensor alpha, Tensor[] proxies, "
+      "Tensor[] reference, Tensor? reference_output, int heads, str activation, bool norm_first, float eps, "
+      "bool keep_shift, bool keep) -> (Tensor, Tensor, Tensor)",
+      tags);
+  m.def(
       "lasco_backward(Tensor grad, Tensor h_in, Tensor slot, Tensor alpha, Tensor[] proxies, Tensor[] reference, "
-      "int heads, str activation, bool norm_first, float eps, bool input_grad, bool weight_grad) -> (Tensor, Tensor[])",
+      "Tensor shift, Tensor kept, int heads, str activation, bool norm_first, float eps, bool input_grad, "
+      "bool weight_grad) -> (Tensor, Tensor, Tensor[])",
       tags);
   m.def(
       "transformer_forward(Tensor h_in, Tensor[] weights, Tensor[] scales, Tensor[] packed, int heads, str activation, "

@@ -15,6 +15,7 @@ from tiny_lasco import SAMPLES, save_random
 from csimodels.channels.hdf5 import ChannelReader
 from csimodels.models.lasco import LABELS
 from csimodels.training import adapt as adapt_module
+from csimodels.training import adapt_together as adapt_together_module
 from csimodels.training import lasco_presets
 from csimodels.training.checkpoint import load_checkpoint
 from csimodels.training.loop import TrainConfig
@@ -119,7 +120,38 @@ def test_adapt_repeated_gives_the_same_without_training(site, shipped, tmp_path,
         raise AssertionError
 
     monkeypatch.setattr(adapt_module, "squared_error", trained)
+    monkeypatch.setattr(adapt_together_module._BankTrainer, "_train_step", trained)
     assert succeed(*arguments) == first
+
+
+def test_adapt_to_several_environments_writes_a_folder_for_each(shipped, tmp_path):
+    succeed("generate", tmp_path / "two.h5", "--environments", "5,6", "--samples", sum(SAMPLES))
+    out = succeed("adapt", "--data", tmp_path / "two.h5", "--environments", "6,5", "--out", tmp_path / "run", *COUNTS)
+    assert re.findall(r"^environment (\d+)$", out, re.MULTILINE) == ["6", "5"]
+    results = [json.loads((tmp_path / "run" / name / "result.json").read_text())["methods"] for name in ("5", "6")]
+    assert results[0]["pretrained_lam"]["nmse_db"] != results[1]["pretrained_lam"]["nmse_db"]
+    assert all(result["e_lasco"]["epochs"] == 2 for result in results)
+    proxy = tmp_path / "run" / "6" / "proxy.safetensors"
+    assert set(scores(succeed("evaluate", "--environment", 6, "--samples", 8, "--proxy", proxy))) >= {"E-LASCO"}
+    out = succeed("evaluate", "--data", tmp_path / "two.h5", "--proxy", proxy)
+    assert out.startswith("left out: the first 40 samples of environment 6, which the proxy was adapted on\n")
+    succeed("adapt", "--environments", "7,8", "--out", tmp_path / "builtin", *COUNTS)
+    assert (tmp_path / "builtin" / "8" / "proxy.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--environments", "5,9"], "two.h5: expected environments 5,9, it has no 9"),
+        (["--environments", "5,5"], "environments: expected each once, got '5,5'"),
+        (["--environments", "5", "--environment", 5], "environment, environments: expected one of them, got both"),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
+)
+def test_adapt_refuses_environments_that_are_not_there(options, message, shipped, tmp_path):
+    succeed("generate", tmp_path / "two.h5", "--environments", "5,6", "--samples", 5)
+    assert message in refuse("adapt", "--data", tmp_path / "two.h5", "--out", tmp_path / "run", *options, *COUNTS)
+    assert not (tmp_path / "run").exists()
 
 
 def test_adapt_takes_no_other_site_s_state_for_this_one_s(site, shipped, tmp_path):

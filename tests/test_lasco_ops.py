@@ -280,9 +280,10 @@ def test_opcheck(backend, opcheck):
     opcheck("lasco_forward", args)
     frozen = copy.deepcopy(bank).requires_grad_(False)
     opcheck("lasco_forward", op_args(frozen, h_in.detach(), base_output.detach(), slot, keep_shift=False))
-    tensors = (slot, frozen.alpha, frozen.proxies.tensors(), frozen.reference.tensors(), *bank.architecture.hyper())
-    for wanted in ((True, True), (False, False)):
-        opcheck("lasco_backward", (base_output.detach(), h_in.detach(), *tensors, *wanted))
+    weights = (slot, frozen.alpha, frozen.proxies.tensors(), frozen.reference.tensors())
+    grad, h_in, none = base_output.detach(), h_in.detach(), h_in.new_empty(0)
+    for shift, *wanted in ((grad, True, True), (none, True, True), (none, False, False)):
+        opcheck("lasco_backward", (grad, h_in, *weights, shift, none, *bank.architecture.hyper(), *wanted))
 
 
 @differentiates

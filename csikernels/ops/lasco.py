@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from csikernels._arrays import accepts_arrays
-from csikernels._dispatch import define
+from csikernels._dispatch import chosen_backend, define, has_compiled_kernel
 from csikernels.ops.lasco_bank import SamBank
-from csikernels.reference import lasco as _reference  # noqa: F401  (registers the backend)
+from csikernels.reference.lasco import kept_shape
 
 # h_in, base_output [B,T,F]; slot [B]; alpha [U] -> output [B,T,F], shift = base_output - reference(h_in) [B,T,F].
 # The shift is what the gradient of alpha needs; it is [0] unless keep_shift.
@@ -21,11 +21,22 @@ define(
     "lasco_forward(Tensor h_in, Tensor base_output, Tensor slot, Tensor alpha, Tensor[] proxies, Tensor[] reference, "
     "Tensor[] packed, int heads, str activation, bool norm_first, float eps, bool keep_shift) -> (Tensor, Tensor)"
 )
-# grad [B,T,F] -> grad_h_in [B,T,F] ([0] unless input_grad), grads of proxies [U, ...] ([] unless weight_grad).
+# As lasco_forward, for a backward that follows: reference_output [B,T,F] may stand in for running the reference (whose
+# weights may then be left out), and kept [B, floats] is what a compiled backward reads; it is [0] unless keep.
+define(
+    "lasco_training_forward(Tensor h_in, Tensor base_output, Tensor slot, Tensor alpha, Tensor[] proxies, "
+    "Tensor[] reference, Tensor? reference_output, int heads, str activation, bool norm_first, float eps, "
+    "bool keep_shift, bool keep) -> (Tensor, Tensor, Tensor)"
+)
+# grad [B,T,F]; shift and kept as the forward gave them, or [0] -> grad_h_in [B,T,F] ([0] unless input_grad), the
+# gradient of alpha [U] ([0] without shift), those of the proxies [U, ...] ([] unless weight_grad). Without kept the
+# forward is computed again; an empty reference stands for a constant output.
 define(
     "lasco_backward(Tensor grad, Tensor h_in, Tensor slot, Tensor alpha, Tensor[] proxies, Tensor[] reference, "
-    "int heads, str activation, bool norm_first, float eps, bool input_grad, bool weight_grad) -> (Tensor, Tensor[])"
+    "Tensor shift, Tensor kept, int heads, str activation, bool norm_first, float eps, bool input_grad, "
+    "bool weight_grad) -> (Tensor, Tensor, Tensor[])"
 )
+_COMPILED_TRAINING = has_compiled_kernel("lasco_training_forward", "cpu")  # a constant that torch.compile can read
 # h_in [B,T,F] -> [B,T,F], one network; scales (int8 only): of qkv, proj, up, down per block.
 define(
     "transformer_forward(Tensor h_in, Tensor[] weights, Tensor[] scales, Tensor[] packed, int heads, str activation, "
@@ -34,14 +45,18 @@ define(
 
 
 @accepts_arrays
-def lasco_forward(h_in: Tensor, base_output: Tensor, bank: SamBank, slot: Tensor) -> Tensor:
+def lasco_forward(
+    h_in: Tensor, base_output: Tensor, bank: SamBank, slot: Tensor, *, reference_output: Tensor | None = None
+) -> Tensor:
     """Correct a large model's reconstruction with each sample's own small model (LASCO, eq. 18).
 
     ``proxy[slot](h_in) + alpha[slot] * (base_output - reference(h_in))``, for a batch that mixes any slots. A sample's
     result does not depend on the rest of the batch.
 
     Differentiable once with respect to ``h_in``, ``base_output`` and, in a bank built with ``trainable=True``, the
-    proxies' weights and ``bank.alpha``. A slot that the batch does not use gets zero gradients, not None.
+    proxies' weights and ``bank.alpha``. A slot that the batch does not use gets zero gradients, not None. The compiled
+    CPU kernel keeps the activations of a float32 bank between forward and backward, about 200 KB a sample of the
+    paper's SAM.
 
     Args:
         h_in: [B, T, F] in the bank's dtype (float32; float64 for a float64 bank), the pseudo-inverse reconstruction in
@@ -50,6 +65,9 @@ def lasco_forward(h_in: Tensor, base_output: Tensor, bank: SamBank, slot: Tensor
         bank: the small models.
         slot: [B] int64 in ``0..bank.slots - 1``, on the CPU or beside ``h_in``. On the CPU its values are checked
             without waiting for the GPU.
+        reference_output: [B, T, F], same dtype and device: the reference's output for ``h_in``, where it is known from
+            before (adaptation passes over the same samples many times). The reference is then not run, and no gradient
+            flows through it.
 
     Returns:
         [B, T, F] in the bank's dtype. NumPy or CuPy arrays give the same kind back.
@@ -69,18 +87,35 @@ def lasco_forward(h_in: Tensor, base_output: Tensor, bank: SamBank, slot: Tensor
             f"base_output: expected the shape of h_in, {tuple(h_in.shape)}, got {tuple(base_output.shape)}"
         )
     check_slot(slot, h_in)
-    output, _ = torch.ops.csikernels.lasco_forward(
-        h_in,
-        base_output,
-        slot,
-        bank.alpha,
-        bank.proxies.tensors(),
-        bank.reference.tensors(),
-        [],
-        *bank.architecture.hyper(),
-        torch.is_grad_enabled() and bank.alpha.requires_grad,
-    )
-    return output
+    if reference_output is not None:
+        reference_output = _input(reference_output, "reference_output", bank)
+        check_input(reference_output, "reference_output", bank)
+        if reference_output.shape != h_in.shape:
+            raise ValueError(
+                f"reference_output: expected the shape of h_in, {tuple(h_in.shape)}, got "
+                f"{tuple(reference_output.shape)}"
+            )
+        if reference_output.requires_grad:
+            raise ValueError("reference_output: expected a constant, got a tensor that requires a gradient")
+    proxies, reference = bank.proxies.tensors(), bank.reference.tensors()
+    hyper = bank.architecture.hyper()
+    grad = torch.is_grad_enabled()
+    keep_shift = grad and bank.alpha.requires_grad
+    keep = grad and _keeps(h_in, bank) and (h_in.requires_grad or any(weight.requires_grad for weight in proxies))
+    if keep or reference_output is not None:
+        reference = reference if reference_output is None else []
+        return torch.ops.csikernels.lasco_training_forward(
+            h_in, base_output, slot, bank.alpha, proxies, reference, reference_output, *hyper, keep_shift, keep
+        )[0]
+    return torch.ops.csikernels.lasco_forward(
+        h_in, base_output, slot, bank.alpha, proxies, reference, [], *hyper, keep_shift
+    )[0]
+
+
+def _keeps(h_in: Tensor, bank: SamBank) -> bool:
+    """Whether the backward of this call will read what the forward keeps: the compiled one does, in float32."""
+    cpu = h_in.device.type == "cpu" and _COMPILED_TRAINING
+    return cpu and chosen_backend() in (None, "cpp") and bank.precision == "float32"
 
 
 def _input(value: Tensor, name: str, bank: SamBank) -> Tensor:
@@ -120,12 +155,24 @@ def _lasco_forward_fake(
     return h_in.new_empty(h_in.shape), h_in.new_empty(h_in.shape if keep_shift else (0,))
 
 
+@torch.library.register_fake("csikernels::lasco_training_forward")
+def _lasco_training_forward_fake(
+    h_in, base_output, slot, alpha, proxies, reference, reference_output, heads, activation, norm_first, eps,
+    keep_shift, keep,
+):  # fmt: skip
+    shift = h_in.new_empty(h_in.shape if keep_shift else (0,))
+    shape = kept_shape(h_in, proxies, heads, norm_first) if keep else (0,)
+    return h_in.new_empty(h_in.shape), shift, h_in.new_empty(shape)
+
+
 @torch.library.register_fake("csikernels::lasco_backward")
 def _lasco_backward_fake(
-    grad, h_in, slot, alpha, proxies, reference, heads, activation, norm_first, eps, input_grad, weight_grad
-):
+    grad, h_in, slot, alpha, proxies, reference, shift, kept, heads, activation, norm_first, eps, input_grad,
+    weight_grad,
+):  # fmt: skip
     grads = [weight.new_empty(weight.shape) for weight in proxies] if weight_grad else []
-    return h_in.new_empty(h_in.shape if input_grad else (0,)), grads
+    grad_alpha = alpha.new_empty(alpha.shape if shift.dim() == 3 else (0,))
+    return h_in.new_empty(h_in.shape if input_grad else (0,)), grad_alpha, grads
 
 
 @torch.library.register_fake("csikernels::transformer_forward")
@@ -135,33 +182,52 @@ def _transformer_forward_fake(h_in, weights, scales, packed, heads, activation, 
 
 def _setup_context(ctx, inputs, output):
     h_in, _, slot, alpha, proxies, reference_weights, packed, *ctx.hyper, _ = inputs
-    ctx.count = len(proxies)
-    ctx.packed = len(packed)
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(h_in, slot, alpha, output[1], *proxies, *reference_weights)
+    _save(ctx, h_in, slot, alpha, proxies, reference_weights, output[1], h_in.new_empty(0))
+    ctx.unused = [None] * len(packed)
 
 
-def _backward(ctx, grad, _):
-    h_in, slot, alpha, shift, *weights = ctx.saved_tensors
+def _setup_training_context(ctx, inputs, output):
+    h_in, _, slot, alpha, proxies, reference_weights, _, *ctx.hyper, _, _ = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    _save(ctx, h_in, slot, alpha, proxies, reference_weights, *output[1:])
+    ctx.unused = None
+
+
+def _save(ctx, h_in, slot, alpha, proxies, reference_weights, shift, kept):
+    ctx.count = len(proxies)
+    ctx.set_materialize_grads(False)  # zeros in the size of what was kept would cost more than the backward
+    ctx.save_for_backward(h_in, slot, alpha, shift, kept, *proxies, *reference_weights)
+
+
+def _backward(ctx, grad, *_):
+    gradients = _gradients(ctx, grad)
+    flags = 1 if isinstance(ctx.unused, list) else 2  # keep_shift, and keep of the training op
+    return (*gradients, ctx.unused, *(None,) * (len(ctx.hyper) + flags))
+
+
+def _gradients(ctx, grad):
+    """Of h_in, base_output, slot, alpha, proxies and reference."""
+    h_in, slot, alpha, shift, kept, *weights = ctx.saved_tensors
     proxies, reference_weights = weights[: ctx.count], weights[ctx.count :]
     need_h, need_base, _, need_alpha, need_proxies, *_ = ctx.needs_input_grad
     grad_h = grad_base = grad_alpha = None
     grads = [None] * len(proxies)
-    index = slot.to(alpha.device)
+    if grad is None:
+        return None, None, None, None, grads, [None] * len(reference_weights)
     if need_base:
-        grad_base = alpha[index].view(-1, 1, 1) * grad
-    if need_alpha:
-        if shift.shape != h_in.shape:
-            raise RuntimeError("lasco_forward: the gradient of alpha needs keep_shift=True")
-        grad_alpha = torch.zeros_like(alpha).index_add(0, index, (grad * shift).sum((1, 2)))
-    if need_h or any(need_proxies):
-        computed, stacked = torch.ops.csikernels.lasco_backward(
-            grad, h_in, slot, alpha, proxies, reference_weights, *ctx.hyper, need_h, any(need_proxies)
+        grad_base = alpha[slot.to(alpha.device)].view(-1, 1, 1) * grad
+    if need_alpha and shift.shape != h_in.shape:
+        raise RuntimeError("lasco_forward: the gradient of alpha needs keep_shift=True")
+    if need_h or need_alpha or any(need_proxies):
+        shift = shift if need_alpha else shift.new_empty(0)
+        computed, along, stacked = torch.ops.csikernels.lasco_backward(
+            grad, h_in, slot, alpha, proxies, reference_weights, shift, kept, *ctx.hyper, need_h, any(need_proxies)
         )
         grad_h = computed if need_h else None
+        grad_alpha = along if need_alpha else None
         grads = [g if need else None for g, need in zip(stacked or grads, need_proxies, strict=True)]
-    rest = (None,) * (len(ctx.hyper) + 1)
-    return grad_h, grad_base, None, grad_alpha, grads, [None] * len(reference_weights), [None] * ctx.packed, *rest
+    return grad_h, grad_base, None, grad_alpha, grads, [None] * len(reference_weights)
 
 
 def _refuse_second_derivative(ctx, *grads):
@@ -169,4 +235,5 @@ def _refuse_second_derivative(ctx, *grads):
 
 
 torch.library.register_autograd("csikernels::lasco_forward", _backward, setup_context=_setup_context)
+torch.library.register_autograd("csikernels::lasco_training_forward", _backward, setup_context=_setup_training_context)
 torch.library.register_autograd("csikernels::lasco_backward", _refuse_second_derivative)

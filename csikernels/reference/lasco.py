@@ -15,10 +15,37 @@ from csikernels.reference import transformer
 def lasco_forward(
     h_in, base_output, slot, alpha, proxies, reference, packed, heads, activation, norm_first, eps, keep_shift
 ):
-    check_slot_values(slot, alpha.shape[0])
     hyper = transformer.Hyper(heads, activation, norm_first, eps)
-    network = transformer.network_of([weight[None] for weight in reference])
-    shift = base_output - transformer.forward(h_in[None], network, hyper)[0]
+    return _forward(h_in, base_output, slot, alpha, proxies, reference, None, hyper, keep_shift)
+
+
+@implement("lasco_training_forward", "reference")
+def lasco_training_forward(
+    h_in, base_output, slot, alpha, proxies, reference, reference_output, heads, activation, norm_first, eps,
+    keep_shift, keep,
+):  # fmt: skip
+    hyper = transformer.Hyper(heads, activation, norm_first, eps)
+    output, shift = _forward(h_in, base_output, slot, alpha, proxies, reference, reference_output, hyper, keep_shift)
+    # The reference computes the forward again; what it would keep is for compiled kernels alone.
+    return output, shift, h_in.new_zeros(kept_shape(h_in, proxies, heads, norm_first) if keep else 0)
+
+
+def kept_shape(h_in: Tensor, proxies: list[Tensor], heads: int, norm_first: bool) -> tuple[int, int]:
+    """[B, floats] of what the compiled training forward keeps; csrc/cpu/lasco_backward_kernel.h lists the rows."""
+    layers, rest = divmod(len(proxies) - 5, transformer.WEIGHTS_PER_BLOCK)
+    tokens, width = proxies[2].shape[-2:]
+    block = 6 * width + heads * tokens + proxies[7].shape[-2] + 2
+    first = 0 if norm_first else width
+    last = width + 1 if rest else width if norm_first else 0
+    return h_in.shape[0], (first + layers * block + last) * (-(-tokens // 16) * 16)
+
+
+def _forward(h_in, base_output, slot, alpha, proxies, reference, reference_output, hyper, keep_shift):
+    check_slot_values(slot, alpha.shape[0])
+    if reference_output is None:
+        network = transformer.network_of([weight[None] for weight in reference])
+        reference_output = transformer.forward(h_in[None], network, hyper)[0]
+    shift = base_output - reference_output
     output = torch.empty(h_in.shape, dtype=h_in.dtype, device=h_in.device)
     for slots, rows in groups(slot):
         rows = rows.to(h_in.device)
@@ -29,12 +56,16 @@ def lasco_forward(
 
 @implement("lasco_backward", "reference")
 def lasco_backward(
-    grad, h_in, slot, alpha, proxies, reference, heads, activation, norm_first, eps, input_grad, weight_grad
-):
+    grad, h_in, slot, alpha, proxies, reference, shift, kept, heads, activation, norm_first, eps, input_grad,
+    weight_grad,
+):  # fmt: skip
     hyper = transformer.Hyper(heads, activation, norm_first, eps)
     grads = [torch.zeros_like(weight) for weight in proxies] if weight_grad else []
     grad_h = torch.zeros(h_in.shape, dtype=h_in.dtype, device=h_in.device) if input_grad else h_in.new_empty(0)
-    for slots, rows in groups(slot):
+    grad_alpha = alpha.new_zeros(alpha.shape if shift.ndim == 3 else 0)
+    if shift.ndim == 3:
+        grad_alpha.index_add_(0, slot.to(alpha.device), (grad * shift).sum((1, 2)))
+    for slots, rows in groups(slot) if input_grad or weight_grad else ():
         rows = rows.to(h_in.device)
         network = transformer.network_of(_take(proxies, slots))
         group_h, group = transformer.backward(
@@ -44,13 +75,13 @@ def lasco_backward(
             total[slots.to(total.device)] = part
         if input_grad:
             grad_h[rows] = group_h
-    if input_grad:
+    if input_grad and reference:
         network = transformer.network_of([weight[None] for weight in reference])
         through = alpha[slot.to(alpha.device)].view(-1, 1, 1) * grad
         grad_h -= transformer.backward(through[None], h_in[None], network, hyper, input_grad=True, weight_grad=False)[
             0
         ][0]
-    return grad_h, grads
+    return grad_h, grad_alpha, grads
 
 
 @implement("transformer_forward", "reference")

@@ -23,8 +23,10 @@ import torch
 
 from csimodels.channels.environment import CellConfig, Environment
 from csimodels.files import digest, write_text
+from csimodels.models.lasco import ADAPTED_METHODS
 from csimodels.models.projection import RandomProjectionCodec
-from csimodels.training.adapt import AdaptConfig, Adapter, EnvironmentData
+from csimodels.training.adapt import AdaptConfig, Adapter, EnvironmentData, MethodResult
+from csimodels.training.adapt_together import Adaptation, adapt_together, can_adapt_together
 from csimodels.training.checkpoint import freeze, load_checkpoint
 from csimodels.training.loop import make_accelerator
 
@@ -80,9 +82,9 @@ def run_task(task: AdaptTask) -> list[Row]:
         task.adapt,
         accelerator=make_accelerator(task.adapt.train),
     )
+    results = _results(adapter, task.runs)
     rows = []
-    for method, alpha in task.runs:
-        result = adapter.score(method, alpha=alpha)
+    for (method, alpha), result in zip(task.runs, results, strict=True):
         rows.append(
             {
                 "method": method,
@@ -99,6 +101,16 @@ def run_task(task: AdaptTask) -> list[Row]:
             }
         )
     return rows
+
+
+def _results(adapter: Adapter, runs: Sequence[tuple[str, float | None]]) -> list[MethodResult]:
+    """Scores of the runs, those that train adapted together where that is faster."""
+    trained = [(method, alpha) for method, alpha in runs if method in ADAPTED_METHODS]
+    together: dict[tuple[str, float | None], MethodResult] = {}
+    if trained and can_adapt_together(adapter):
+        adapted = adapt_together([Adaptation(adapter, method, alpha) for method, alpha in trained])
+        together = {run: result for run, (result, _) in zip(trained, adapted, strict=True)}
+    return [together.get(run) or adapter.score(run[0], alpha=run[1]) for run in runs]
 
 
 def _worker_setup() -> None:

@@ -98,7 +98,7 @@ def linear_estimate(lmmse: LinearMmse, codec: RandomProjectionCodec, h: torch.Te
 
 
 @dataclasses.dataclass(frozen=True)
-class _Cached:
+class CachedSplit:
     """Inputs, targets and the frozen models' outputs on one split, network units."""
 
     h_in: torch.Tensor
@@ -177,7 +177,7 @@ class Adapter:
 
     # Not inference mode: training saves these tensors for backward.
     @torch.no_grad()
-    def _cache(self, base: Network, h: torch.Tensor, batch: int = 512) -> _Cached:
+    def _cache(self, base: Network, h: torch.Tensor, batch: int = 512) -> CachedSplit:
         linear = self.config.initial == "lmmse"
         h_in = linear_estimate(self.lmmse, self.codec, h) if linear else self.codec.initial(self.codec.encode(h))
         outputs = []
@@ -185,7 +185,16 @@ class Adapter:
             outputs.append(_checked_output(base(part), part))
         device = next(self.reference.parameters()).device
         reference = torch.cat([self.reference(part.to(device)).float().cpu() for part in h_in.split(batch)])
-        return _Cached(h_in, self.codec.target(h), torch.cat(outputs), reference)
+        return CachedSplit(h_in, self.codec.target(h), torch.cat(outputs), reference)
+
+    def cached(self, split: str) -> CachedSplit:
+        """Inputs, targets and frozen outputs of ``"train"``, ``"validation"`` or ``"test"``."""
+        return self._splits[split]
+
+    def proxy_config(self, method: str, alpha: float | None = None) -> ProxyConfig:
+        """How ``method``'s proxy starts; ``alpha`` overrides the configured coefficient of ``lasco``."""
+        start = self.config.initial_alpha if method == "e_lasco" else self.config.alpha if alpha is None else alpha
+        return ProxyConfig(method, start, self.config.form)
 
     def score(self, method: str, *, alpha: float | None = None) -> MethodResult:
         """NMSE and GCS of ``method`` on the test split, adapting it first where it trains.
@@ -198,11 +207,11 @@ class Adapter:
             raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
         test = self._splits["test"]
         if method == "pretrained_lam":
-            return self._score(test.base)
+            return self.score_estimate(test.base)
         if method == "pretrained_sam":
-            return self._score(test.reference)
+            return self.score_estimate(test.reference)
         if method == "lmmse":
-            return self._score(linear_estimate(self.lmmse, self.codec, self.data.test))
+            return self.score_estimate(linear_estimate(self.lmmse, self.codec, self.data.test))
         return self.adapt(method, alpha=alpha)[0]
 
     def adapt(
@@ -231,11 +240,10 @@ class Adapter:
         """
         if run_dir is not None and description is None:
             raise ValueError("description: expected one with run_dir, got None")
-        start = self.config.initial_alpha if method == "e_lasco" else self.config.alpha if alpha is None else alpha
-        proxy = Proxy(ProxyConfig(method, start, self.config.form), self.reference, seed=self.config.train.seed)
+        proxy = Proxy(self.proxy_config(method, alpha), self.reference, seed=self.config.train.seed)
         trained = self._trainer(proxy, run_dir, description).fit()
         proxy.eval()
-        result = self._score(self._predict(proxy, self._splits["test"]))
+        result = self.score_estimate(self._predict(proxy, self._splits["test"]))
         result.epochs, result.best_epoch, result.seconds = trained.epochs, trained.best_epoch, trained.seconds
         if method in ("lasco", "e_lasco"):
             result.alpha = proxy.alpha.item()
@@ -273,13 +281,13 @@ class Adapter:
             groups=groups,
         )
 
-    def _predict(self, network: torch.nn.Module, split: _Cached, batch: int = 1024) -> torch.Tensor:
+    def _predict(self, network: torch.nn.Module, split: CachedSplit, batch: int = 1024) -> torch.Tensor:
         device = next(network.parameters()).device
         parts = zip(split.h_in.split(batch), split.base.split(batch), split.reference.split(batch), strict=True)
         with torch.inference_mode():
             return torch.cat([network(*(x.to(device) for x in part)).float().cpu() for part in parts])
 
-    def _nmse_db(self, network: torch.nn.Module, split: _Cached) -> float:
+    def _nmse_db(self, network: torch.nn.Module, split: CachedSplit) -> float:
         return nmse_db(self.codec.to_channel(split.target), self.codec.to_channel(self._predict(network, split))).item()
 
     @torch.inference_mode()
@@ -298,6 +306,7 @@ class Adapter:
         named = {"truth": test.target[:count], "input": h_in / gain, "base": base, "estimate": estimate}
         return {name: self.codec.to_channel(tokens) for name, tokens in named.items()}
 
-    def _score(self, estimate: torch.Tensor) -> MethodResult:
+    def score_estimate(self, estimate: torch.Tensor) -> MethodResult:
+        """NMSE and GCS of ``estimate``, network units, on the test split."""
         truth, estimated = self.data.test, self.codec.to_channel(estimate)
         return MethodResult(nmse_db(truth, estimated).item(), gcs(truth, estimated).item())

@@ -74,6 +74,23 @@ class TrainConfig:
         if not 0 <= self.warmup_fraction <= 1:
             raise ValueError(f"warmup_fraction: expected 0 to 1, got {self.warmup_fraction}")
 
+    def rate(self, step: int, total: int) -> float:
+        """Learning rate of a 0-based step of ``total``."""
+        if self.schedule == "constant":
+            return self.learning_rate
+        return warmup_cosine(
+            step,
+            total,
+            warmup_fraction=self.warmup_fraction,
+            peak=self.learning_rate,
+            final=self.final_learning_rate,
+        )
+
+
+def batch_order(config: TrainConfig, epoch: int, size: int) -> torch.Tensor:
+    """The order in which an epoch walks through ``size`` samples, int64."""
+    return torch.randperm(size, generator=torch.Generator().manual_seed(config.seed * 1_000_003 + epoch))
+
 
 @dataclasses.dataclass
 class TrainResult:
@@ -218,7 +235,7 @@ class Trainer:
         steps = size // config.batch_size
         if steps == 0:
             raise ValueError(f"data: expected at least one batch of {config.batch_size} samples, got {size}")
-        order = torch.randperm(size, generator=torch.Generator().manual_seed(config.seed * 1_000_003 + state.epoch))
+        order = batch_order(config, state.epoch, size)
         self.model.train()
         started = time.monotonic()
         while state.step_in_epoch < steps:
@@ -248,7 +265,7 @@ class Trainer:
         # Every process takes its share of the global batch; the mean of their gradients is the one-process gradient.
         share = index[accelerator.process_index :: accelerator.num_processes]
         batch = [tensor[share].to(accelerator.device) for tensor in tensors]
-        rate = self._learning_rate(state.step, total)
+        rate = self.config.rate(state.step, total)
         for group, scale in zip(self.optimizer.param_groups, self._scales, strict=True):
             group["lr"] = rate * scale
         # accelerate autocasts the prepared model's forward; the loss around it stays in full precision.
@@ -267,18 +284,6 @@ class Trainer:
         if self.on_step is not None and accelerator.is_main_process:
             self.on_step(state.step, total, value)
         return value
-
-    def _learning_rate(self, step: int, total: int) -> float:
-        config = self.config
-        if config.schedule == "constant":
-            return config.learning_rate
-        return warmup_cosine(
-            step,
-            total,
-            warmup_fraction=config.warmup_fraction,
-            peak=config.learning_rate,
-            final=config.final_learning_rate,
-        )
 
     def _consider(self, epoch: int) -> float:
         """Validate; keep the weights if they are the best so far."""

@@ -1,0 +1,76 @@
+#include "cpu/activation_memory.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
+#include <sys/mman.h>
+
+#include <mutex>
+#include <utility>
+
+namespace csikernels::cpu {
+namespace {
+
+constexpr size_t kHugePage = size_t{1} << 21;
+constexpr size_t kSmall = size_t{8} << 20;  // below, the allocator keeps the memory itself
+
+struct Block {
+  void* data = nullptr;
+  size_t bytes = 0;
+};
+
+void release(Block block) {
+  if (block.data != nullptr) munmap(block.data, block.bytes);
+}
+
+Block allocate(size_t bytes) {
+  void* data = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  TORCH_CHECK_WITH(OutOfMemoryError, data != MAP_FAILED, "csikernels: cannot allocate ", bytes,
+                   " bytes for the activations of a training step; use smaller batches");
+#ifdef MADV_HUGEPAGE
+  madvise(data, bytes, MADV_HUGEPAGE);
+#endif
+  return {data, bytes};
+}
+
+class LastFreed {
+ public:
+  Block take(size_t bytes) {
+    {
+      const std::lock_guard lock(mutex_);
+      if (block_.bytes >= bytes && block_.bytes / 2 <= bytes) return std::exchange(block_, {});
+    }
+    return allocate(bytes);
+  }
+
+  void give(Block block) {
+#ifdef MADV_FREE
+    madvise(block.data, block.bytes, MADV_FREE);
+#endif
+    {
+      const std::lock_guard lock(mutex_);
+      std::swap(block, block_);
+    }
+    release(block);
+  }
+
+ private:
+  std::mutex mutex_;
+  Block block_;
+};
+
+// Never destroyed: tensors may outlive static objects.
+LastFreed& last_freed() {
+  static LastFreed& pool = *new LastFreed;
+  return pool;
+}
+
+}  // namespace
+
+at::Tensor activation_memory(int64_t rows, int64_t columns, const at::TensorOptions& options) {
+  const size_t needed = static_cast<size_t>(rows) * static_cast<size_t>(columns) * sizeof(float);
+  if (needed < kSmall) return at::empty({rows, columns}, options);
+  const Block block = last_freed().take((needed + kHugePage - 1) / kHugePage * kHugePage);
+  return at::from_blob(block.data, {rows, columns}, [block](void*) { last_freed().give(block); }, options);
+}
+
+}  // namespace csikernels::cpu
