@@ -4,6 +4,8 @@
 #include <ATen/ops/from_blob.h>
 #include <sys/mman.h>
 
+#include <algorithm>
+#include <array>
 #include <mutex>
 #include <utility>
 
@@ -37,7 +39,9 @@ class LastFreed {
   Block take(size_t bytes) {
     {
       const std::lock_guard lock(mutex_);
-      if (block_.bytes >= bytes && block_.bytes / 2 <= bytes) return std::exchange(block_, {});
+      for (Block& block : blocks_) {
+        if (block.bytes >= bytes && block.bytes / 2 <= bytes) return std::exchange(block, {});
+      }
     }
     return allocate(bytes);
   }
@@ -48,14 +52,18 @@ class LastFreed {
 #endif
     {
       const std::lock_guard lock(mutex_);
-      std::swap(block, block_);
+      // Into a free place, or that of the block freed longest ago.
+      auto place = std::find_if(blocks_.begin(), blocks_.end(), [](const Block& b) { return b.data == nullptr; });
+      if (place == blocks_.end()) place = blocks_.begin();
+      std::swap(block, *place);
+      std::rotate(place, place + 1, blocks_.end());
     }
     release(block);
   }
 
  private:
   std::mutex mutex_;
-  Block block_;
+  std::array<Block, 4> blocks_;
 };
 
 // Never destroyed: tensors may outlive static objects.

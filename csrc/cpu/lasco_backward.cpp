@@ -103,9 +103,9 @@ struct BackwardPass {
       for (int64_t s = 0; s < batch.count; ++s) {
         const int64_t row = plan.rows[j + s];
         if (kept != nullptr) {
-          batch.kept[s] = kept + row * memory.kept_floats;
+          batch.kept[s] = batch.next[s] = kept + row * memory.kept_floats;
           const int64_t later = j + kTrainSamples + s;
-          batch.next[s] = later < task.end ? kept + plan.rows[later] * memory.kept_floats : batch.kept[s];
+          if (later < task.end) batch.next[s] = kept + plan.rows[later] * memory.kept_floats;
         } else {
           recompute(network, batch, s, memory);
         }
@@ -146,13 +146,17 @@ struct BackwardPass {
       batch.h[s] = h + place;
       batch.grad[s] = grad + place;
       batch.grad_h[s] = grad_h == nullptr ? nullptr : grad_h + place;
+      const int64_t next = plan.rows[std::min(first + kTrainSamples + s, task.end - 1)] * memory.sample;
+      batch.next_grad[s] = grad + next;
+      batch.next_shift[s] = (shift == nullptr ? grad : shift) + next;
     }
     return batch;
   }
 
   void recompute(const TrainNetwork& network, TrainBatch& batch, int64_t s, const BackwardScratch& memory) const {
     float* to = memory.kept.get() + s * memory.kept_floats;
-    run.forward(network, batch.h[s], to, kept_rows(z).block, memory.y.get(), memory.forward.get());
+    const float* soon[] = {to, to, to, to, to};
+    run.forward(network, batch.h[s], to, kept_rows(z).block, memory.y.get(), soon, memory.forward.get());
     batch.kept[s] = batch.next[s] = to;
   }
 };
@@ -173,7 +177,7 @@ class WeightGradients {
       first_part_.push_back(parts);
       parts += count > 1 ? count : 0;
     }
-    parts_ = at::empty({parts * total_}, proxies[0].options());
+    parts_ = activation_memory(parts, total_, proxies[0].options());
   }
 
   std::vector<float*> place(const Task& task) {

@@ -68,7 +68,7 @@ void attention_backward(const TrainShape& z, const float* qkv, const float* p, c
 
 // v [width][T] -> x + W_down act(W_up v + b) + b in out, which may be x. gelu keeps its argument and needs a scratch.
 void feed_forward(const TrainShape& z, const BlockWeights& w, const float* v, const float* x, float* active,
-                  float* scratch, float* out, const float* next) {
+                  float* scratch, float* out, const Places& next) {
   const int64_t t = padded16(z.tokens), ff = z.feedforward;
   const float* hidden = active;
   if (z.gelu) {
@@ -78,13 +78,13 @@ void feed_forward(const TrainShape& z, const BlockWeights& w, const float* v, co
   } else {
     multiply(rows_of(w.up, z.width), v, ff, z.width, t, WithBiasRelu{active, t, w.up_bias}, ahead_in(active, t));
   }
-  multiply(rows_of(w.down, ff), hidden, z.width, ff, t, WithBiasAndRest{out, t, w.down_bias, x}, ahead_of(next, ff));
+  multiply(rows_of(w.down, ff), hidden, z.width, ff, t, WithBiasAndRest{out, t, w.down_bias, x}, next);
 }
 
 }  // namespace
 
 void train_forward(const TrainNetwork& network, const float* h, float* kept, int64_t block_rows, float* y,
-                   float* scratch) {
+                   const float* const* soon, float* scratch) {
   const TrainShape& z = network.shape;
   const Kept at = kept_rows(z);
   const int64_t t = padded16(z.tokens), d = z.width, last = weight_count(z) - 2;
@@ -101,19 +101,23 @@ void train_forward(const TrainNetwork& network, const float* h, float* kept, int
     float *qkv = own, *p = own + at.p * t, *context = own + at.context * t, *active = own + at.active * t;
     float *normal1 = own + at.normal1 * t, *rstd1 = own + at.rstd1 * t;
     float *normal2 = own + at.normal2 * t, *rstd2 = own + at.rstd2 * t;
+    const bool bottom = block == 0;  // where the caller's memory is fetched
+    const float* after = z.norm_first ? own + at.block * t : normal2;
+    const Places next{{after, bottom ? soon[0] : after, bottom ? soon[1] : after, bottom ? soon[2] : after,
+                       bottom ? soon[3] : after, bottom ? soon[4] : after, after, after}};
     if (z.norm_first) {
       layer_norm(x, t, d, t, z.eps, rstd1, Normalised{normal1, v, t, w.norm1, w.norm1_bias});
       multiply(rows_of(w.qkv, d), v, 3 * d, d, t, WithBias{qkv, t, w.qkv_bias}, ahead_in(qkv, t));
       attention(z, qkv, p, context);
       multiply(rows_of(w.proj, d), context, d, d, t, WithBiasAndRest{x, t, w.proj_bias, x}, ahead_of(normal2, d));
       layer_norm(x, t, d, t, z.eps, rstd2, Normalised{normal2, v, t, w.norm2, w.norm2_bias});
-      feed_forward(z, w, v, x, active, hidden, x, own + at.block * t);
+      feed_forward(z, w, v, x, active, hidden, x, next);
     } else {
       multiply(rows_of(w.qkv, d), in, 3 * d, d, t, WithBias{qkv, t, w.qkv_bias}, ahead_in(qkv, t));
       attention(z, qkv, p, context);
       multiply(rows_of(w.proj, d), context, d, d, t, WithBiasAndRest{sum, t, w.proj_bias, in}, ahead_of(normal1, d));
       layer_norm(sum, t, d, t, z.eps, rstd1, Normalised{normal1, v, t, w.norm1, w.norm1_bias});
-      feed_forward(z, w, v, v, active, hidden, sum, normal2);
+      feed_forward(z, w, v, v, active, hidden, sum, next);
       layer_norm(sum, t, d, t, z.eps, rstd2, Normalised{normal2, x, t, w.norm2, w.norm2_bias});
       in = x;
     }
@@ -226,7 +230,8 @@ struct Backward {
     const int64_t index = weight_count(z) - 2;
     for (int64_t s = 0; s < batch.count; ++s) {
       turn(batch.grad[s], z.features, z.tokens, z.features, wide + s * stride, t, t);
-      multiply(columns_of(network.weights[index], d), wide + s * stride, d, z.features, t, Stored{g + s * stride, t});
+      multiply(columns_of(network.weights[index], d), wide + s * stride, d, z.features, t, Stored{g + s * stride, t},
+               ahead_of(batch.h[s], z.features));
     }
     add_weight_gradients(index, wide, z.features, d, source);
   }
@@ -259,7 +264,8 @@ struct Backward {
     add_weight_gradients(first + 2, g, d, d, {own + at.context, nullptr, nullptr});
     for (int64_t s = 0; s < batch.count; ++s) {
       float* d_context = turned + s * stride;  // free until the next product of weights
-      multiply(columns_of(w.proj, d), g + s * stride, d, d, t, Stored{d_context, t});
+      multiply(columns_of(w.proj, d), g + s * stride, d, d, t, Stored{d_context, t},
+               ahead_of(block == 0 ? batch.next_grad[s] : batch.next_shift[s], d));
       attention_backward(z, kept(s, own), kept(s, own + at.p), d_context, wide + s * stride, shared);
     }
     add_weight_gradients(first, wide, 3 * d, d, input);

@@ -134,19 +134,21 @@ struct TrainBatch {
   int64_t count;
   const float* h[kTrainSamples];     // [tokens][features]
   const float* kept[kTrainSamples];  // as train_forward left them
-  const float* next[kTrainSamples];  // what the batch after this one kept, to be fetched; any readable kept otherwise
+  // What the batch after this one reads, to be fetched meanwhile: any readable place will do.
+  const float* next[kTrainSamples];  // kept
+  const float *next_grad[kTrainSamples], *next_shift[kTrainSamples];
   const float* grad[kTrainSamples];  // [tokens][features]
   float* grad_h[kTrainSamples];      // [tokens][features], or null
 };
 
-#define CSIKERNELS_TRAIN_KERNELS                                                                                    \
-  /* h, y [tokens][features]; kept: kept_rows().rows rows, whose blocks lie block_rows apart (0: one place for all, \
-   * where nothing is kept). */                                                                                     \
-  void train_forward(const TrainNetwork& network, const float* h, float* kept, int64_t block_rows, float* y,        \
-                     float* scratch);                                                                               \
-  /* Adds to sums[weight] (see sum_floats), or leaves the weights' gradients out where sums is null. */             \
-  void train_backward(const TrainNetwork& network, const TrainBatch& batch, float* const* sums, float* scratch);    \
-  /* Writes what was summed as torch stores the weights; grads in the order of sums. */                             \
+// train_forward: h, y [tokens][features]; kept: kept_rows().rows rows, whose blocks lie block_rows apart (0: one place
+// for all, where nothing is kept); soon: five places that the caller reads or writes next, a sample each, to be
+// fetched. train_backward: adds to sums[weight] (see sum_floats), or leaves the weights' gradients out where sums is
+// null. train_collect: writes what was summed as torch stores the weights; grads in the order of sums.
+#define CSIKERNELS_TRAIN_KERNELS                                                                                 \
+  void train_forward(const TrainNetwork& network, const float* h, float* kept, int64_t block_rows, float* y,     \
+                     const float* const* soon, float* scratch);                                                  \
+  void train_backward(const TrainNetwork& network, const TrainBatch& batch, float* const* sums, float* scratch); \
   void train_collect(const TrainShape& shape, float* const* sums, float* const* grads);
 
 namespace scalar {

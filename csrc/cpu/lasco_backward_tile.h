@@ -123,6 +123,19 @@ CSIKERNELS_INLINE Ahead ahead_of(const float* data, int64_t depth) {
   return {reinterpret_cast<const char*>(data), kTileRows * depth * static_cast<int64_t>(sizeof(float))};
 }
 
+// Fetches one of these places for each band, the last for all that follow.
+struct Places {
+  const float* at[8];
+  int next = 0;
+
+  CSIKERNELS_INLINE const char* advance(int64_t) {
+    const float* now = at[next];
+    next += next < 7;
+    return reinterpret_cast<const char*>(now);
+  }
+  static CSIKERNELS_INLINE void fetch(const char* place) { __builtin_prefetch(place, 0, 2); }
+};
+
 // One copy of the product per sink: inlined at every call they would not stay in the instruction cache.
 template <class Sink, class Stream = NoStream>
 __attribute__((noinline)) void multiply(Weights w, const float* x, int64_t rows, int64_t depth, int64_t columns,

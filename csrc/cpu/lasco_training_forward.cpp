@@ -4,6 +4,7 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <optional>
 #include <tuple>
 
@@ -21,8 +22,10 @@ using ForwardResult = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 // Of one slot in one task, so that the weights of the proxy and then of the reference stay in the cache.
 constexpr int64_t kForwardSamples = 32;
 
-// out += alpha (base - reference); the shift is kept where it is wanted.
-void add_shift(float* out, const float* base, const float* reference, float alpha, float* shift, int64_t count) {
+// out += alpha (base - reference); the difference goes to shifts + place, where shifts is given.
+void add_shift(float* out, const float* base, const float* reference, float alpha, float* shifts, int64_t place,
+               int64_t count) {
+  float* shift = shifts == nullptr ? nullptr : shifts + place;
   for (int64_t i = 0; i < count; ++i) {
     const float difference = base[i] - reference[i];
     out[i] += alpha * difference;
@@ -63,7 +66,8 @@ ForwardResult lasco_training_forward(const at::Tensor& h_in, const at::Tensor& b
   const Kept at = kept_rows(z);
   const int64_t t = padded16(z.tokens), sample = z.tokens * z.features, kept_floats = at.rows * t;
   at::Tensor output = at::empty(h.sizes(), h.options());
-  at::Tensor shift = at::empty(keep_shift ? h.sizes() : at::IntArrayRef{0}, h.options());
+  at::Tensor shift = at::empty({0}, h.options());
+  if (keep_shift) shift = activation_memory(batch, sample, h.options()).view(h.sizes());
   at::Tensor kept = keep ? activation_memory(batch, kept_floats, h.options()) : at::empty({0}, h.options());
 
   const float *hs = h.const_data_ptr<float>(), *bases = base.const_data_ptr<float>();
@@ -77,21 +81,22 @@ ForwardResult lasco_training_forward(const at::Tensor& h_in, const at::Tensor& b
       const Task& task = plan.tasks[i];
       const TrainNetwork proxy = own.get(task.slot, position.get());
       for (int64_t j = task.begin; j < task.end; ++j) {
-        const int64_t row = plan.rows[j];
-        float* to = keep ? keeps + row * kept_floats : dropped.get();
-        run.forward(proxy, hs + row * sample, to, keep ? at.block : 0, outs + row * sample, scratch.get());
+        const int64_t row = plan.rows[j], place = row * sample;
+        const int64_t next = plan.rows[std::min(j + 1, task.end - 1)] * sample;
+        float *to = keep ? keeps + row * kept_floats : dropped.get(), *out = outs + place;
+        const float* moved = keep_shift ? shifts + place : out;
+        const float* soon[] = {out, hs + next, bases + place, runs_reference ? out : givens + place, moved};
+        run.forward(proxy, hs + place, to, keep ? at.block : 0, out, soon, scratch.get());
+        if (!runs_reference) add_shift(out, bases + place, givens + place, factors[task.slot], shifts, place, sample);
       }
-      TrainNetwork common{};
-      if (runs_reference) common = shared.get(0, position.get());
+      if (!runs_reference) continue;
+      const TrainNetwork common = shared.get(0, position.get());
       for (int64_t j = task.begin; j < task.end; ++j) {
-        const int64_t place = plan.rows[j] * sample;
-        const float* reference_y = givens + place;
-        if (runs_reference) {
-          run.forward(common, hs + place, dropped.get(), 0, y.get(), scratch.get());
-          reference_y = y.get();
-        }
-        add_shift(outs + place, bases + place, reference_y, factors[task.slot], keep_shift ? shifts + place : nullptr,
-                  sample);
+        const int64_t place = plan.rows[j] * sample, next = plan.rows[std::min(j + 1, task.end - 1)] * sample;
+        float* out = outs + place;
+        const float* soon[] = {out, hs + next, bases + place, out, keep_shift ? shifts + place : out};
+        run.forward(common, hs + place, dropped.get(), 0, y.get(), soon, scratch.get());
+        add_shift(out, bases + place, y.get(), factors[task.slot], shifts, place, sample);
       }
     }
   });
