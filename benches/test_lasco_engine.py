@@ -1,49 +1,61 @@
-"""Timings of the engine against the base module in eager float32 and bfloat16, then a loop over the small models.
-
-Every result is checked before it is timed.
-"""
+"""Timings of the engine against torch's forms of its base, each followed by the same correction."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
-from lasco_parts import check, exact, inputs, loop, modules, run
+from compare import compare
+from lasco_engine_peers import peers_of
+from lasco_parts import check, exact, inputs, modules
 from torch import Tensor
 
 import csikernels
-from csikernels import LascoEngine, SamBank
+from csikernels import LascoEngine, SamBank, lasco_forward
 from csimodels.models.channel_transformer import ChannelTransformer, TransformerConfig
+
+BACKENDS = csikernels.backends()["transformer_forward"]["cpu"]
+
+
+def operations(config: TransformerConfig, samples: int) -> float:
+    """Of the base: all its products, attention's included."""
+    matrices = config.layers * (4 * config.width**2 + 2 * config.width * config.feedforward)
+    mixing = config.layers * 2 * config.tokens * config.width
+    return 2 * samples * config.tokens * (matrices + mixing + 2 * config.features * config.width)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8"])
-@pytest.mark.parametrize("backend", csikernels.backends()["transformer_forward"]["cpu"])
-def test_engine(benchmark, precision, backend):
-    base, parts, (h_in, _, slot) = engine_parts(benchmark)
-    with csikernels.use_backend(backend), torch.inference_mode():
-        engine = LascoEngine(base, SamBank.from_modules(*parts), precision)
-        assert engine.packed
-        check(engine(h_in, slot), exact(*parts, h_in, copy.deepcopy(base).double()(h_in.double())), precision)
-        run(benchmark, f"csikernels {backend} {precision}", engine, h_in, slot, rounds=7)
+@pytest.mark.parametrize(
+    ("name", "config", "samples", "rounds"),
+    [
+        ("20 blocks of width 512", TransformerConfig.lam_paper(), 64, 5),
+        ("20 blocks of width 512", TransformerConfig.lam_paper(), 1, 9),
+        ("4 blocks of width 192", TransformerConfig.lam_laptop(), 16, 15),
+    ],
+    ids=["paper-64", "paper-1", "laptop-16"],
+)
+@torch.inference_mode()
+def test_engine(benchmark, precision, name, config, samples, rounds):
+    parts = modules(samples)
+    base = ChannelTransformer(config).eval()
+    h_in, _, slot = inputs(samples)
+    bank = SamBank.from_modules(*parts)
+    engine = LascoEngine(base, bank, precision)
+    assert engine.packed
+    expected = exact(*parts, h_in, copy.deepcopy(base).double()(h_in.double()))
 
+    def corrected(forward: Callable[[Tensor], Tensor]) -> Callable[[], Tensor]:
+        return lambda: lasco_forward(h_in, forward(h_in), bank, slot)
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_engine_peers(benchmark, precision):
-    base, parts, (h_in, _, _) = engine_parts(benchmark)
-    dtype = getattr(torch, precision)
-    own = copy.deepcopy(base).to(dtype)
-    correct = loop(*parts)
-
-    def forward(h: Tensor) -> Tensor:
-        return correct(h, own(h.to(dtype)).float())
-
-    with torch.inference_mode():
-        check(forward(h_in), exact(*parts, h_in, copy.deepcopy(base).double()(h_in.double())), precision)
-        run(benchmark, f"eager {precision} base, loop over modules", forward, h_in, rounds=7)
-
-
-def engine_parts(benchmark):
-    benchmark.group = "LascoEngine, 4 blocks of width 192, 16 samples of 16 slots"
-    parts = modules(16)
-    return ChannelTransformer(TransformerConfig.lam_laptop()).eval(), parts, inputs(16)
+    compare(
+        benchmark,
+        f"LascoEngine, {precision} base of {name}, {samples} samples",
+        {f"csikernels {precision}": lambda: engine(h_in, slot)},
+        {peer: corrected(forward) for peer, forward in peers_of(precision, base, samples).items()},
+        check=lambda who, result: check(result, expected, precision if "float32" not in who else "float32"),
+        flops=operations(config, samples),
+        peak=precision,
+        rounds=rounds,
+    )
