@@ -79,6 +79,22 @@ def test_a_sample_does_not_see_the_others_nor_the_threads(backend, threads, prec
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("samples", [1, 3, 5])
+def test_threads_that_share_a_sample_change_nothing(backend, threads, precision, samples):
+    sizes = {"tokens": 70, "features": 9, "layers": 2, "width": 120, "heads": 5, "feedforward": 1000}
+    engine = engine_of(sizes, precision, norm_first=samples == 3)
+    h_in = torch.randn(samples, 70, 9)
+    threads(1)
+    alone = run(engine, h_in)
+    for count in (2, 3):
+        threads(count)
+        if backend == "reference":
+            assert relative(run(engine, h_in), alone) < TOLERANCE[precision]
+        else:
+            assert torch.equal(run(engine, h_in), alone)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
 def test_more_rows_than_one_pass_keeps(backend, precision):
     engine = engine_of({**ODD, "tokens": 33}, precision)
     h_in = torch.randn(150, 33, 3)

@@ -21,6 +21,16 @@ constexpr int64_t kWeightsPerBlock = 12, kMatricesPerBlock = 4;
 // Below this many operations a second thread costs more to wake than it saves.
 constexpr int64_t kOperationsPerThread = 1 << 20;
 
+// Threads share each product of a block, at five barriers per block, where whole samples would leave some without work:
+// batches of less than so many samples per thread, with at least so many operations in a block.
+constexpr int64_t kEvenBatches = 4, kOperationsPerBarrier = 1 << 23;
+
+void run_team(int64_t members, void (*body)(void*, int64_t), void* argument) {
+  at::parallel_for(0, members, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t member = begin; member < end; ++member) body(argument, member);
+  });
+}
+
 // Reads the lists of the op in their order, checks each entry and keeps alive what it had to make contiguous.
 class Reader {
  public:
@@ -169,13 +179,20 @@ at::Tensor transformer_forward(const at::Tensor& h_in, at::TensorList weights, a
   float* const y = output.mutable_data_ptr<float>();
   const int64_t sample = net.tokens * net.features;
   const int64_t operations = 2 * net.tokens * net.layers * net.width * (4 * net.width + 2 * net.feedforward);
-  at::parallel_for(0, h_in.size(0), std::max<int64_t>(1, kOperationsPerThread / operations),
-                   [&](int64_t begin, int64_t end) {
-                     const int64_t bytes = Workspace(net, end - begin, nullptr).bytes;
-                     const at::Tensor workspace = at::empty({bytes}, at::kByte);
-                     forward(net, h + begin * sample, end - begin, y + begin * sample,
-                             static_cast<char*>(workspace.mutable_data_ptr()));
-                   });
+  const auto run = [&](const Team& team, int64_t begin, int64_t end) {
+    const int64_t bytes = Workspace(net, end - begin, team.members, nullptr).bytes;
+    const at::Tensor workspace = at::empty({bytes}, at::kByte);
+    forward(net, team, h + begin * sample, end - begin, y + begin * sample,
+            static_cast<char*>(workspace.mutable_data_ptr()));
+  };
+  const int64_t samples = h_in.size(0), threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+  const bool uneven = samples % threads != 0 && samples < kEvenBatches * threads;
+  if (uneven && samples * operations / net.layers >= kOperationsPerBarrier) {
+    run({threads, run_team}, 0, samples);
+  } else {
+    at::parallel_for(0, samples, std::max<int64_t>(1, kOperationsPerThread / operations),
+                     [&](int64_t begin, int64_t end) { run({}, begin, end); });
+  }
   return output;
 }
 

@@ -53,37 +53,39 @@ void softmax(float* scores, int64_t keys, float scale) {
   }
 }
 
-// qkv [tokens][3 width] -> context [tokens][width]; with kRound qkv holds bfloat16 values, as do the probabilities
+// One head of one sample, columns `at` on: qkv [tokens][3 width] -> context [tokens][width]. With kRound qkv holds
+// bfloat16 values, as do the probabilities.
 template <bool kRound>
-void attention(const float* qkv, int64_t stride, const Network& net, const Workspace& space, float* context,
-               int64_t context_stride) {
+void attention(const float* qkv, int64_t stride, const Network& net, const Workspace& space, int64_t member, int64_t at,
+               float* context, int64_t context_stride) {
   const int64_t tokens = net.tokens, head = net.width / net.heads;
   const float scale = __builtin_sqrtf(1.0f / static_cast<float>(head));
   alignas(64) float sums[FloatDot::rows * kPanel];
-  for (int64_t at = 0; at < net.width; at += head) {
-    const float* keys = qkv + net.width + at;
-    transpose_to_panels(qkv + at, stride, tokens, head, space.queries);
-    copy_to_panels(qkv + 2 * net.width + at, stride, tokens, head, space.values);
-    for (int64_t query = 0; query < tokens; query += kPanel) {
-      const float* panel = space.queries + query * head;
-      for_tiles<FloatDot>(tokens, [&](int64_t first, int64_t count) {
-        tile_of<FloatDot, false>(count)(keys + first * stride, stride, panel, head,
-                                        reinterpret_cast<const char*>(panel), space.scores + first * kPanel);
-      });
-      softmax<kRound>(space.scores, tokens, scale);
-      for (int64_t column = 0; column < head; column += kPanel) {
-        const float* values = space.values + column * tokens;
-        for_tiles<FloatDot>(least(kPanel, tokens - query), [&](int64_t first, int64_t count) {
-          tile_of<FloatDot, true>(count)(space.scores + first, kPanel, values, tokens,
-                                         reinterpret_cast<const char*>(values), sums);
-          for (int64_t r = 0; r < count; ++r) {
-            float* out = context + (query + first + r) * context_stride + at + column;
-            for (int64_t c = 0; c < least(kPanel, head - column); c += F32::lanes) {
-              store_up_to(out + c, load(sums + r * kPanel + c), head - column - c);
-            }
+  float *const queries = space.queries + member * space.queries_size, *const scores =
+                                                                          space.scores + member * space.scores_size;
+  float* const values = space.values + member * space.values_size;
+  const float* const keys = qkv + net.width + at;
+  transpose_to_panels(qkv + at, stride, tokens, head, queries);
+  copy_to_panels(qkv + 2 * net.width + at, stride, tokens, head, values);
+  for (int64_t query = 0; query < tokens; query += kPanel) {
+    const float* panel = queries + query * head;
+    for_tiles<FloatDot>(tokens, [&](int64_t first, int64_t count) {
+      tile_of<FloatDot, false>(count)(keys + first * stride, stride, panel, head, reinterpret_cast<const char*>(panel),
+                                      scores + first * kPanel);
+    });
+    softmax<kRound>(scores, tokens, scale);
+    for (int64_t column = 0; column < head; column += kPanel) {
+      const float* mixed = values + column * tokens;
+      for_tiles<FloatDot>(least(kPanel, tokens - query), [&](int64_t first, int64_t count) {
+        tile_of<FloatDot, true>(count)(scores + first, kPanel, mixed, tokens, reinterpret_cast<const char*>(mixed),
+                                       sums);
+        for (int64_t r = 0; r < count; ++r) {
+          float* out = context + (query + first + r) * context_stride + at + column;
+          for (int64_t c = 0; c < least(kPanel, head - column); c += F32::lanes) {
+            store_up_to(out + c, load(sums + r * kPanel + c), head - column - c);
           }
-        });
-      }
+        }
+      });
     }
   }
 }

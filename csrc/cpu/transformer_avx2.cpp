@@ -20,16 +20,19 @@ inline void narrow(uint16_t* out, F32 a) { store_bf16(out, a); }
 
 #include "cpu/transformer_body.h"
 
-void transformer_float32(const Network& net, const float* h, int64_t samples, float* y, char* workspace) {
-  forward<FloatDot, FloatDot, false>(net, h, samples, y, workspace);
+void transformer_float32(const Network& net, const Team& team, const float* h, int64_t samples, float* y,
+                         char* workspace) {
+  forward<FloatDot, FloatDot, false>(net, team, h, samples, y, workspace);
 }
 
-void transformer_bfloat16(const Network& net, const float* h, int64_t samples, float* y, char* workspace) {
-  forward<WideBf16Dot, WideBf16Dot, true>(net, h, samples, y, workspace);
+void transformer_bfloat16(const Network& net, const Team& team, const float* h, int64_t samples, float* y,
+                          char* workspace) {
+  forward<WideBf16Dot, WideBf16Dot, true>(net, team, h, samples, y, workspace);
 }
 
-void transformer_int8(const Network& net, const float* h, int64_t samples, float* y, char* workspace) {
-  forward<WideBf16Dot, WideInt8Dot, true>(net, h, samples, y, workspace);
+void transformer_int8(const Network& net, const Team& team, const float* h, int64_t samples, float* y,
+                      char* workspace) {
+  forward<WideBf16Dot, WideInt8Dot, true>(net, team, h, samples, y, workspace);
 }
 
 }  // namespace csikernels::cpu::avx2

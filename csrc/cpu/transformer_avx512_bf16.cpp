@@ -57,12 +57,14 @@ struct Int8Dot {
 
 #include "cpu/transformer_body.h"
 
-void transformer_bfloat16(const Network& net, const float* h, int64_t samples, float* y, char* workspace) {
-  forward<Bf16Dot, Bf16Dot, true>(net, h, samples, y, workspace);
+void transformer_bfloat16(const Network& net, const Team& team, const float* h, int64_t samples, float* y,
+                          char* workspace) {
+  forward<Bf16Dot, Bf16Dot, true>(net, team, h, samples, y, workspace);
 }
 
-void transformer_int8(const Network& net, const float* h, int64_t samples, float* y, char* workspace) {
-  forward<Bf16Dot, Int8Dot, true>(net, h, samples, y, workspace);
+void transformer_int8(const Network& net, const Team& team, const float* h, int64_t samples, float* y,
+                      char* workspace) {
+  forward<Bf16Dot, Int8Dot, true>(net, team, h, samples, y, workspace);
 }
 
 }  // namespace csikernels::cpu::avx512_bf16

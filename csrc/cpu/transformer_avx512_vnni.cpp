@@ -39,8 +39,9 @@ struct Int8Dot {
 
 #include "cpu/transformer_body.h"
 
-void transformer_int8(const Network& net, const float* h, int64_t samples, float* y, char* workspace) {
-  forward<WideBf16Dot, Int8Dot, true>(net, h, samples, y, workspace);
+void transformer_int8(const Network& net, const Team& team, const float* h, int64_t samples, float* y,
+                      char* workspace) {
+  forward<WideBf16Dot, Int8Dot, true>(net, team, h, samples, y, workspace);
 }
 
 }  // namespace csikernels::cpu::avx512_vnni

@@ -12,22 +12,23 @@ namespace {
 template <class Outer, class Inner, bool kRound>
 struct Pass {
   const Network& net;
+  const Team& team;
   const Workspace& space;
   const int64_t stride = row_stride(net.width, 4);
   const int64_t context_stride = stride;
 
   template <class Dot>
   Rows<Dot> left_side(float* x, int64_t rows, const Norm* norm, bool keep) const {
-    return encode_rows<Dot>(x, stride, rows, net.width, norm, net.eps, keep, space.operand, space.operand_scale,
-                            space.normal);
+    return encode_rows<Dot>(team, x, stride, rows, net.width, norm, net.eps, keep, space.operand, space.operand_scale,
+                            space);
   }
 
   // h [samples * tokens][features] -> x = input(h) + position
   void enter(const float* h, int64_t samples, float* x) const {
     const int64_t rows = samples * net.tokens;
-    const auto side = encode_rows<Outer>(const_cast<float*>(h), net.features, rows, net.features, nullptr, 0, false,
-                                         space.operand, space.operand_scale, space.normal);
-    product(side, rows, net.input, [&](int64_t r, int64_t c, int64_t n, F32 a) {
+    const auto side = encode_rows<Outer>(team, const_cast<float*>(h), net.features, rows, net.features, nullptr, 0,
+                                         false, space.operand, space.operand_scale, space);
+    product(team, side, rows, net.input, [&](int64_t r, int64_t c, int64_t n, F32 a) {
       const float* position = net.position + r % net.tokens * net.width + c;
       store_up_to(x + r * stride + c, a + load_up_to(position, n), n);
     });
@@ -40,13 +41,13 @@ struct Pass {
       store_up_to(at, load_up_to(at, n) + a, n);
     };
     attend(left_side<Inner>(x, rows, net.norm_first ? &weights.norm1 : nullptr, false), weights, samples);
-    const auto context = encode_rows<Inner>(space.context, context_stride, rows, net.width, nullptr, 0, false,
-                                            space.operand, space.operand_scale, space.normal);
-    product(context, rows, weights.proj, residual);
+    const auto context = encode_rows<Inner>(team, space.context, context_stride, rows, net.width, nullptr, 0, false,
+                                            space.operand, space.operand_scale, space);
+    product(team, context, rows, weights.proj, residual);
     const Norm& norm = net.norm_first ? weights.norm2 : weights.norm1;
     const auto side = left_side<Inner>(x, rows, &norm, !net.norm_first);
     const auto hidden = net.gelu ? expand<true>(side, rows, weights.up) : expand<false>(side, rows, weights.up);
-    product(hidden, rows, weights.down, residual);
+    product(team, hidden, rows, weights.down, residual);
     if (!net.norm_first) {
       for (int64_t r = 0; r < rows; ++r) {
         layer_norm(x + r * stride, net.width, weights.norm2, net.eps, x + r * stride);
@@ -56,13 +57,16 @@ struct Pass {
 
   void attend(const Rows<Inner>& side, const Block& weights, int64_t samples) const {
     const int64_t wide = row_stride(3 * net.width, 4);
-    product(side, samples * net.tokens, weights.qkv, [&](int64_t r, int64_t c, int64_t n, F32 a) {
+    product(team, side, samples * net.tokens, weights.qkv, [&](int64_t r, int64_t c, int64_t n, F32 a) {
       store_up_to(space.wide + r * wide + c, kRound ? to_bf16(a) : a, n);
     });
-    for (int64_t s = 0; s < samples; ++s) {
-      attention<kRound>(space.wide + s * net.tokens * wide, wide, net, space,
-                        space.context + s * net.tokens * context_stride, context_stride);
-    }
+    share(team, samples * net.heads, [&](int64_t first, int64_t end, int64_t member) {
+      for (int64_t i = first; i < end; ++i) {
+        const int64_t row = i / net.heads * net.tokens, column = i % net.heads * (net.width / net.heads);
+        attention<kRound>(space.wide + row * wide, wide, net, space, member, column,
+                          space.context + row * context_stride, context_stride);
+      }
+    });
   }
 
   // activation(x up^T + bias) as the left side of `down`
@@ -75,15 +79,15 @@ struct Pass {
     };
     if constexpr (Inner::group == 4) {  // the scale of a row is known when the row is complete
       const int64_t wide = row_stride(net.feedforward, 4);
-      product(side, rows, up, [&](int64_t r, int64_t c, int64_t n, F32 a) {
+      product(team, side, rows, up, [&](int64_t r, int64_t c, int64_t n, F32 a) {
         store_up_to(space.wide + r * wide + c, activation(a), n);
       });
-      return encode_rows<Inner>(space.wide, wide, rows, net.feedforward, nullptr, 0, false, space.hidden,
-                                space.hidden_scale, space.normal);
+      return encode_rows<Inner>(team, space.wide, wide, rows, net.feedforward, nullptr, 0, false, space.hidden,
+                                space.hidden_scale, space);
     } else {
       const Rows<Inner> hidden = {reinterpret_cast<Element*>(space.hidden),
                                   row_stride(net.feedforward, sizeof(Element)), space.hidden_scale};
-      product(side, rows, up, [&](int64_t r, int64_t c, int64_t n, F32 a) {
+      product(team, side, rows, up, [&](int64_t r, int64_t c, int64_t n, F32 a) {
         encode_lanes(activation(a), n, hidden.data + r * hidden.stride + c);
       });
       if (net.feedforward % Inner::group != 0) {
@@ -96,15 +100,15 @@ struct Pass {
   void leave(float* x, int64_t samples, float* y) const {
     const int64_t rows = samples * net.tokens;
     const auto side = left_side<Outer>(x, rows, net.norm.weight != nullptr ? &net.norm : nullptr, false);
-    product(side, rows, net.output,
+    product(team, side, rows, net.output,
             [&](int64_t r, int64_t c, int64_t n, F32 a) { store_up_to(y + r * net.features + c, a, n); });
   }
 };
 
 template <class Outer, class Inner, bool kRound>
-void forward(const Network& net, const float* h, int64_t samples, float* y, char* workspace) {
-  const Workspace space(net, samples, workspace);
-  const Pass<Outer, Inner, kRound> pass{net, space};
+void forward(const Network& net, const Team& team, const float* h, int64_t samples, float* y, char* workspace) {
+  const Workspace space(net, samples, team.members, workspace);
+  const Pass<Outer, Inner, kRound> pass{net, team, space};
   const int64_t sample = net.tokens * net.features;
   for (int64_t start = 0; start < samples; start += space.group) {
     const int64_t group = least(space.group, samples - start);

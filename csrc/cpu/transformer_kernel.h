@@ -40,6 +40,13 @@ struct Network {
   Linear output;
 };
 
+// Threads that work on one call together, between barriers: for calls with fewer samples than threads.
+struct Team {
+  int64_t members = 1;
+  // Calls body(argument, member) for every member, at the same time, and returns when all have returned.
+  void (*run)(int64_t members, void (*body)(void* argument, int64_t member), void* argument) = nullptr;
+};
+
 namespace {
 
 // Rows of a chunk: enough for the weights to be reused, few enough for the widest activation to stay in L2.
@@ -62,13 +69,15 @@ struct Workspace {
   char* hidden;          // [chunk * tokens] rows of feedforward: left side of `down`
   float* hidden_scale;   // [chunk * tokens]
   float* context;        // [chunk * tokens] rows of width
-  float* normal;         // one row of width
-  float* queries;        // [panels of tokens][width / heads][32]
-  float* values;         // [panels of width / heads][tokens][32]
-  float* scores;         // [tokens][32]
+  // Of each member of the team:
+  float* normal;   // one row of width
+  float* queries;  // [panels of tokens][width / heads][32]
+  float* values;   // [panels of width / heads][tokens][32]
+  float* scores;   // [tokens][32]
+  int64_t normal_size, queries_size, values_size, scores_size;
   int64_t bytes;
 
-  Workspace(const Network& net, int64_t samples, char* base) : bytes(0) {
+  Workspace(const Network& net, int64_t samples, int64_t members, char* base) : bytes(0) {
     const auto rows_of = [](int64_t rows) { return rows > 0 ? rows : 1; };
     group = rows_of(kGroupRows / net.tokens) < samples ? rows_of(kGroupRows / net.tokens) : samples;
     chunk = rows_of(kChunkRows / net.tokens) < group ? rows_of(kChunkRows / net.tokens) : group;
@@ -87,10 +96,14 @@ struct Workspace {
     hidden = carve(rows * row_stride(net.feedforward, 4));
     hidden_scale = floats(rows);
     context = floats(rows * row_stride(net.width, 4));
-    normal = floats(net.width);
-    queries = floats(panels_of(net.tokens) * head * kPanel);
-    values = floats(panels_of(head) * net.tokens * kPanel);
-    scores = floats(net.tokens * kPanel);
+    normal_size = row_stride(net.width, 4);
+    queries_size = panels_of(net.tokens) * head * kPanel;
+    values_size = panels_of(head) * net.tokens * kPanel;
+    scores_size = net.tokens * kPanel;
+    normal = floats(members * normal_size);
+    queries = floats(members * queries_size);
+    values = floats(members * values_size);
+    scores = floats(members * scores_size);
   }
 };
 
@@ -98,7 +111,8 @@ struct Workspace {
 
 // h [samples, tokens, features] -> y of the same shape. A sample's result depends on nothing else in the call.
 // workspace: as many bytes as Workspace says, 64-byte aligned
-using Transformer = void(const Network& network, const float* h, int64_t samples, float* y, char* workspace);
+using Transformer = void(const Network& network, const Team& team, const float* h, int64_t samples, float* y,
+                         char* workspace);
 
 namespace scalar {
 Transformer transformer_float32, transformer_bfloat16, transformer_int8;

@@ -101,17 +101,34 @@ struct Rows {
   float* scale;    // int8 only: of each row
 };
 
-// write(row, column, n, value) gets x W^T + bias, n columns from `column` on at a time (n at most a vector).
+// body(first, end, member) for parts of 0..count, one per member of the team.
+template <class Body>
+CSIKERNELS_INLINE void share(const Team& team, int64_t count, const Body& body) {
+  if (team.members == 1) return body(0, count, 0);
+  struct Job {
+    const Body& body;
+    int64_t count, members;
+  } job{body, count, team.members};
+  const auto run = [](void* argument, int64_t member) {
+    const Job& own = *static_cast<const Job*>(argument);
+    own.body(own.count * member / own.members, own.count * (member + 1) / own.members, member);
+  };
+  team.run(team.members, run, &job);
+}
+
+// write(row, column, n, value) gets x W^T + bias, n columns from `column` on at a time (n at most a vector), for the
+// panels first..end-1.
 template <class Dot, class Write>
-CSIKERNELS_INLINE void product(const Rows<Dot>& x, int64_t rows, const Linear& w, Write write) {
+void product_part(const Rows<Dot>& x, int64_t rows, const Linear& w, const Write& write, int64_t first, int64_t end) {
   constexpr bool kInteger = Dot::group == 4;
   const int64_t steps = (w.in + Dot::group - 1) / Dot::group, panel_size = steps * kPanel * Dot::group;
-  const auto* panel = static_cast<const typename Dot::Element*>(w.panels);
+  const auto* panel = static_cast<const typename Dot::Element*>(w.panels) + first * panel_size;
   alignas(64) typename Dot::Sum sums[Dot::rows * kPanel];
-  for (int64_t column = 0; column < w.out; column += kPanel, panel += panel_size) {
+  for (int64_t p = first; p < end; ++p, panel += panel_size) {
+    const int64_t column = p * kPanel;
     const char* ahead = reinterpret_cast<const char*>(panel + panel_size);
-    for_tiles<Dot>(rows, [&](int64_t first, int64_t count) __attribute__((always_inline)) {
-      tile_of<Dot, false>(count)(x.data + first * x.stride, x.stride, panel, steps, ahead, sums);
+    for_tiles<Dot>(rows, [&](int64_t row, int64_t count) __attribute__((always_inline)) {
+      tile_of<Dot, false>(count)(x.data + row * x.stride, x.stride, panel, steps, ahead, sums);
       ahead += steps * 32;
       const int64_t valid = least(kPanel, w.out - column);
       for (int64_t c = 0; c < valid; c += F32::lanes) {
@@ -122,14 +139,21 @@ CSIKERNELS_INLINE void product(const Rows<Dot>& x, int64_t rows, const Linear& w
           const IntLanes shift = load_bits(w.shift + at);
           for (int64_t r = 0; r < count; ++r) {
             const F32 sum = {__builtin_convertvector(load_bits(sums + r * kPanel + c) - shift, FloatLanes)};
-            write(first + r, at, n, fma(sum * broadcast(x.scale[first + r]), scale, bias));
+            write(row + r, at, n, fma(sum * broadcast(x.scale[row + r]), scale, bias));
           }
         } else {
-          for (int64_t r = 0; r < count; ++r) write(first + r, at, n, load(sums + r * kPanel + c) + bias);
+          for (int64_t r = 0; r < count; ++r) write(row + r, at, n, load(sums + r * kPanel + c) + bias);
         }
       }
     });
   }
+}
+
+template <class Dot, class Write>
+CSIKERNELS_INLINE void product(const Team& team, const Rows<Dot>& x, int64_t rows, const Linear& w,
+                               const Write& write) {
+  share(team, panels_of(w.out),
+        [&](int64_t first, int64_t end, int64_t) { product_part(x, rows, w, write, first, end); });
 }
 
 }  // namespace

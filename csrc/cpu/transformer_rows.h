@@ -99,21 +99,26 @@ CSIKERNELS_INLINE float encode(const float* x, int64_t n, uint8_t* out) {
   return zero ? 1.0f : scale;
 }
 
+// Below this many elements, sharing rows costs more than it saves.
+constexpr int64_t kSharedElements = 1 << 16;
+
 // All rows as the left side of a product; `norm` (or null) is applied first, in x itself where keep is set.
 template <class Dot>
-Rows<Dot> encode_rows(float* x, int64_t stride, int64_t rows, int64_t n, const Norm* norm, float eps, bool keep,
-                      char* out, float* scales, float* normal) {
+Rows<Dot> encode_rows(const Team& team, float* x, int64_t stride, int64_t rows, int64_t n, const Norm* norm, float eps,
+                      bool keep, char* out, float* scales, const Workspace& space) {
   using Element = typename Dot::Element;
   const Rows<Dot> side = {reinterpret_cast<Element*>(out), row_stride(n, sizeof(Element)), scales};
-  for (int64_t r = 0; r < rows; ++r) {
-    float* row = x + r * stride;
-    if (norm != nullptr) {
-      float* target = keep ? row : normal;
-      layer_norm(row, n, *norm, eps, target);
-      row = target;
+  share(rows * n < kSharedElements ? Team{} : team, rows, [&](int64_t first, int64_t end, int64_t member) {
+    for (int64_t r = first; r < end; ++r) {
+      float* row = x + r * stride;
+      if (norm != nullptr) {
+        float* target = keep ? row : space.normal + member * space.normal_size;
+        layer_norm(row, n, *norm, eps, target);
+        row = target;
+      }
+      scales[r] = encode(row, n, side.data + r * side.stride);
     }
-    scales[r] = encode(row, n, side.data + r * side.stride);
-  }
+  });
   return side;
 }
 
