@@ -164,6 +164,90 @@ def test_equal_information_goes_by_index(backend):
 
 
 @selection
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_equal_neighbourhoods_in_another_order_tie(backend, dtype):
+    # An element of a symmetric image and its mirror image have the same differences, met in another order: rounding
+    # must not decide between them.
+    x = random_image(2, 1, 24, 24, dtype=dtype, seed=7)
+    h = x + x.transpose(2, 3)
+    _, indices = select_informative(h, 24 * 24, bandwidth=0.7)
+    for order in indices.tolist():
+        mirrored = [index % 24 * 24 + index // 24 for index in order]
+        rank = {index: place for place, index in enumerate(order)}
+        for place, (index, mirror) in enumerate(zip(order, mirrored, strict=True)):
+            assert index == mirror or rank[mirror] == place + (1 if index < mirror else -1)
+
+
+IMAGES = {
+    "noise": lambda shape: random_image(*shape, seed=3),
+    "clusters": lambda shape: random_image(*shape, seed=3) ** 5,
+    "sparse": lambda shape: random_image(*shape, seed=3) * (random_image(*shape, seed=4) > 1.3),
+    "very sparse": lambda shape: random_image(*shape, seed=3) * (random_image(*shape, seed=4) > 2.5),
+    "zeros": lambda shape: torch.zeros(shape),
+    "quantised": lambda shape: random_image(*shape, seed=3).round(),
+    "nearly constant": lambda shape: 1 + 1e-6 * random_image(*shape, seed=3),
+    "tiny": lambda shape: 1e-30 * random_image(*shape, seed=3),
+    "huge": lambda shape: 1e30 * random_image(*shape, seed=3),
+}
+
+
+@selection
+@pytest.mark.parametrize("image", IMAGES)
+@pytest.mark.parametrize("bandwidth", [0.02, 0.5, 20.0])
+def test_selection_of_any_image(backend, image, bandwidth):
+    # What float32 cannot tell apart: ties, near ties, sums that underflow; around the m-th element, too.
+    h = IMAGES[image]((2, 2, 16, 20))
+    log_density = float64_log_density(h, bandwidth, 3)
+    for m in (1, 40, 221, 400, 640):
+        _, indices = select_informative(h, m, bandwidth=bandwidth)
+        best = log_density.sort(1).values[:, :m]
+        torch.testing.assert_close(log_density.gather(1, indices), best, rtol=1e-9, atol=2e-7)
+
+
+def float64_log_density(h: torch.Tensor, bandwidth: float, radius: int) -> torch.Tensor:
+    """log of the sum over the eight neighbours, which ranks the elements, smallest first."""
+    padded = torch.nn.functional.pad(h.double(), (radius,) * 4)
+    neighbours = torch.stack(
+        [
+            padded[..., radius + row : radius + row + h.shape[2], radius + column : radius + column + h.shape[3]]
+            for row, column in grid(radius)
+            if (row, column) != (0, 0)
+        ]
+    )
+    return (-(((h.double() - neighbours) / bandwidth) ** 2) / 2).logsumexp(0).flatten(1)
+
+
+@pytest.mark.op("self_information", "select_informative")
+@pytest.mark.parametrize("seed", range(12))
+def test_any_size_and_radius(backend, seed):
+    generator = torch.Generator().manual_seed(seed)
+    channels, height, width, radius = (
+        int(torch.randint(low, high, (), generator=generator)) for low, high in ((1, 4), (1, 131), (1, 131), (1, 24))
+    )
+    wide = random_image(2, channels, height, 2 * width, seed=seed)
+    h = wide[..., ::2] if seed % 2 else wide[..., :width].contiguous()
+    log_density = float64_log_density(h, 0.6, radius)
+    m = int(torch.randint(1, channels * height * width + 1, (), generator=generator))
+    values, indices = select_informative(h, m, bandwidth=0.6, radius=radius)
+    assert torch.equal(values, h.flatten(1).gather(1, indices))
+    assert all(len(set(row)) == m for row in indices.tolist())
+    best = log_density.sort(1).values[:, :m]
+    torch.testing.assert_close(log_density.gather(1, indices), best, rtol=1e-9, atol=2e-7)
+    bits = self_information(h, bandwidth=0.6, radius=radius)
+    wanted = math.log2(9 * math.sqrt(2 * math.pi) * 0.6) - (1 + log_density.exp()).log2()
+    torch.testing.assert_close(bits.double().flatten(1), wanted, rtol=1e-6, atol=1e-6)
+
+
+@selection
+def test_selection_does_not_depend_on_the_samples_before(backend):
+    # Each sample's threshold starts from the last one's.
+    h = torch.cat([image((2, 2, 16, 20)) for image in IMAGES.values()])
+    together = select_informative(h, 99, bandwidth=0.5)
+    for i in range(len(h)):
+        assert same(select_informative(h[i : i + 1], 99, bandwidth=0.5), tuple(part[i : i + 1] for part in together))
+
+
+@selection
 def test_elements_without_information_come_last(backend):
     h = random_image(1, 1, 4, 4)
     h[0, 0, 1, 2] = math.nan

@@ -51,6 +51,23 @@ def test_ties_go_by_index(backend):
     check(torch.randint(0, 3, (4, 500)).float(), 300)
 
 
+@pytest.mark.parametrize("kind", ["noise", "ties", "one outlier", "sorted", "constant"])
+@pytest.mark.parametrize("n", [255, 256, 257, 1000, 5000])
+def test_long_rows(backend, kind, n):
+    torch.manual_seed(n)
+    row = torch.randn(n)
+    score = {
+        "noise": row,
+        "ties": (row * 2).round(),
+        "one outlier": torch.cat([row[1:] * 1e-6 + 1, torch.tensor([3e38])]),
+        "sorted": row.sort().values,
+        "constant": torch.full((n,), 0.5),
+    }[kind]
+    for m in (1, 221, n // 2, n):
+        if m <= n:
+            check(torch.stack([score, score.flip(0)]), m)
+
+
 def test_both_zeros_are_equal(backend):
     check(torch.tensor([[-0.0, 0.0, -0.0, 0.0, -1.0]]), 4)
     values, _ = top_m(torch.tensor([[-0.0, 0.0]]), 2)

@@ -101,8 +101,11 @@ def _log_neighbour_sum(h: Tensor, bandwidth: float, offsets: list[tuple[int, int
     for offset in neighbours:
         nearest = torch.minimum(nearest, distance(offset))
     total = torch.zeros_like(centre)
+    # Each term is rounded to a multiple of 2^-52 times the rounder's power of two, so that all partial sums are exact:
+    # elements with the same differences to their neighbours, in whatever order, get the same sum and tie.
+    rounder = 1.5 * 2.0 ** math.ceil(math.log2(max(1, len(neighbours))))
     for offset in neighbours:
-        total += (nearest - distance(offset)).exp()
+        total += ((nearest - distance(offset)).exp() + rounder) - rounder
     return torch.where(centre.isfinite(), total.log() - nearest, torch.nan)
 
 

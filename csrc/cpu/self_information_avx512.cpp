@@ -12,19 +12,22 @@ namespace {
 void count(const int32_t* keys, int64_t n, const int32_t* thresholds, int64_t* counts) {
   __m512i threshold[kThresholds], at_most[kThresholds];
   const __m512i one = _mm512_set1_epi32(1);
+#pragma GCC unroll 4
   for (int64_t t = 0; t < kThresholds; ++t) {
     threshold[t] = _mm512_set1_epi32(thresholds[t]);
     at_most[t] = _mm512_setzero_si512();
   }
-  for (int64_t i = 0; i < n; i += 16) {
-    const __mmask16 there = first_lanes(n - i < 16 ? static_cast<int>(n - i) : 16);
-    const __m512i key = _mm512_maskz_loadu_epi32(there, keys + i);
+  const auto add = [&](__m512i key, __mmask16 there) __attribute__((always_inline)) {
 #pragma GCC unroll 4
     for (int64_t t = 0; t < kThresholds; ++t) {
       const __mmask16 low = _mm512_mask_cmple_epi32_mask(there, key, threshold[t]);
       at_most[t] = _mm512_mask_add_epi32(at_most[t], low, at_most[t], one);
     }
-  }
+  };
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) add(_mm512_loadu_si512(keys + i), 0xFFFF);
+  if (i < n) add(_mm512_loadu_si512(keys + i), first_lanes(static_cast<int>(n - i)));
+#pragma GCC unroll 4
   for (int64_t t = 0; t < kThresholds; ++t) counts[t] = _mm512_reduce_add_epi32(at_most[t]);
 }
 
@@ -32,17 +35,18 @@ void count(const int32_t* keys, int64_t n, const int32_t* thresholds, int64_t* c
 int64_t keep(const int32_t* keys, int64_t n, int32_t low, int32_t high, int32_t* kept, int32_t* positions) {
   const __m512i lowest = _mm512_set1_epi32(low), highest = _mm512_set1_epi32(high);
   __m512i position = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  int64_t count = 0;
-  for (int64_t i = 0; i < n; i += 16) {
+  int64_t count = 0, i = 0;
+  const auto add = [&](__mmask16 there) __attribute__((always_inline)) {
     const __m512i key = _mm512_loadu_si512(keys + i);
-    const __mmask16 there = first_lanes(n - i < 16 ? static_cast<int>(n - i) : 16);
     const __mmask16 inside =
         _mm512_mask_cmple_epi32_mask(_mm512_mask_cmpge_epi32_mask(there, key, lowest), key, highest);
     _mm512_storeu_si512(kept + count, _mm512_maskz_compress_epi32(inside, key));
     _mm512_storeu_si512(positions + count, _mm512_maskz_compress_epi32(inside, position));
     count += __builtin_popcount(inside);
     position = _mm512_add_epi32(position, _mm512_set1_epi32(16));
-  }
+  };
+  for (; i + 16 <= n; i += 16) add(0xFFFF);
+  if (i < n) add(first_lanes(static_cast<int>(n - i)));
   return count;
 }
 

@@ -126,9 +126,9 @@ bool certain(const int32_t* keys, int64_t count) {
   for (int64_t i = 0; i + 1 < count; i += kVector) {
     const IntLanes bits = load_keys(keys + i + 1);
     const F32 sum = {(FloatLanes)load_keys(keys + i)}, next = {(FloatLanes)bits};
-    const IntLanes binades = 127 - (bits >> 23);
-    const F32 below_one = {__builtin_convertvector(binades > 0 ? binades : IntLanes{}, FloatLanes)};
-    const F32 margin = next * (broadcast(kMargin) + broadcast(kMarginPerBinade) * below_one);
+    const F32 binades = {__builtin_convertvector(kBinadeOfEight - (bits >> 23), FloatLanes)};
+    const F32 spread = min(broadcast(8.0f) - next, broadcast(kLn2) * (next * binades));
+    const F32 margin = broadcast(kMarginOfSum) * next + broadcast(kMarginOfSpread) * spread;
     IntLanes doubt = ~(next.v - sum.v > margin.v) & (bits != kAllEqual);
     const int64_t pairs = count - 1 - i;
     for (int lane = 0; pairs < kVector && lane < kVector; ++lane) doubt[lane] = lane < pairs ? doubt[lane] : 0;
@@ -139,70 +139,52 @@ bool certain(const int32_t* keys, int64_t count) {
   return any == 0;
 }
 
-// 2^x for eight x in -1000..0, to 1e-15; plain loops that the compiler turns into this instruction set's vectors. Not
-// one multiply-add is fused, so all instruction sets give the same bits.
-CSIKERNELS_INLINE void exp2_of_eight(const double* x, double* y) {
+// Eight float64 numbers, in as many registers as the instruction set needs.
+typedef double Doubles __attribute__((vector_size(64)));
+typedef int64_t Longs __attribute__((vector_size(64)));
+
+// 2^x for x in -1000..0, to 6e-16. Not one multiply-add is fused, so all instruction sets give the same bits.
+CSIKERNELS_INLINE void exp2_of_eight(const Doubles& x, Doubles& y) {
   constexpr double to_integer = 6755399441055744.0;  // 1.5 * 2^52
-  // Taylor coefficients of 2^t: |t| <= 1/2 makes the first one left out 4e-17
-  constexpr double c[] = {1.0,
-                          0.69314718055994530942,
-                          0.24022650695910071233,
-                          0.055504108664821579953,
-                          0.0096181291076284771619,
-                          0.0013333558146428443423,
-                          0.00015403530393381609954,
-                          1.5252733804059840280e-05,
-                          1.3215486790144309488e-06,
-                          1.0178086009239699727e-07,
-                          7.0549116208011233299e-09,
-                          4.4455382718708114976e-10,
-                          2.5678435993488205141e-11,
-                          1.3691488853904128880e-12};
-  for (int lane = 0; lane < 8; ++lane) {
-    const double shifted = x[lane] + to_integer, t = x[lane] - (shifted - to_integer);
-    double p = c[13];
-#pragma GCC unroll 13
-    for (int k = 12; k >= 0; --k) p = p * t + c[k];
-    int64_t bits;  // of shifted: its lowest ones are the integer
-    __builtin_memcpy(&bits, &shifted, sizeof(bits));
-    bits = (bits + 1023) << 52;
-    double power;
-    __builtin_memcpy(&power, &bits, sizeof(power));
-    y[lane] = p * power;
-  }
+  // 2^t = 1 + t P(t) for |t| <= 1/2, interpolated at Chebyshev points
+  constexpr double c[] = {0.6931471805599462,     0.24022650695910075,    0.05550410866465167,
+                          0.009618129107618665,   0.0013333558200794592,  0.00015403530424776529,
+                          1.5252672924850737e-05, 1.3215451633221434e-06, 1.0205905413765595e-07,
+                          7.070977866508138e-09};
+  const Doubles shifted = x + to_integer, t = x - (shifted - to_integer);
+  Doubles p = Doubles{} + c[9];
+#pragma GCC unroll 9
+  for (int k = 8; k >= 0; --k) p = p * t + c[k];
+  y = (p * t + 1.0) * (Doubles)(((Longs)shifted + 1023) << 52);  // the lowest bits of `shifted` are the integer
 }
 
+// Eight elements at a time, one per lane. `distances` [count][8]: first the neighbours, then t_k.
 template <class Float>
 CSIKERNELS_INLINE void exact_sums(const Float* padded, const int64_t* positions, int64_t count, const ExactTerms& terms,
                                   double* distances, double* nearest, double* total) {
   constexpr double log2_e = 1.4426950408889634074;
   for (int64_t begin = 0; begin < count; begin += 8) {
     const int rest = count - begin < 8 ? static_cast<int>(count - begin) : 8;
-    const Float* at[8];
-    double centre[8], closest[8], sum[8];
+    Doubles centre = {}, closest = Doubles{} + __DBL_MAX__, sum = {};
     for (int lane = 0; lane < 8; ++lane) {
-      at[lane] = padded + positions[begin + (lane < rest ? lane : 0)];
-      centre[lane] = *at[lane];
-      closest[lane] = __DBL_MAX__;
-      sum[lane] = 0;
+      const Float* at = padded + positions[begin + (lane < rest ? lane : 0)];
+      centre[lane] = *at;
+      for (int64_t k = 0; k < terms.count; ++k) distances[8 * k + lane] = at[terms.shifts[k]];
     }
     for (int64_t k = 0; k < terms.count; ++k) {
-      double neighbour[8], *distance = distances + 8 * k;
-      for (int lane = 0; lane < 8; ++lane) neighbour[lane] = at[lane][terms.shifts[k]];
-      for (int lane = 0; lane < 8; ++lane) {
-        const double scaled = (centre[lane] - neighbour[lane]) * terms.inverse_bandwidth;
-        distance[lane] = 0.5 * (scaled * scaled);
-        closest[lane] = distance[lane] < closest[lane] ? distance[lane] : closest[lane];
-      }
+      Doubles distance;
+      __builtin_memcpy(&distance, distances + 8 * k, sizeof(distance));
+      distance = (centre - distance) * terms.inverse_bandwidth;
+      distance = 0.5 * (distance * distance);
+      __builtin_memcpy(distances + 8 * k, &distance, sizeof(distance));
+      closest = distance < closest ? distance : closest;
     }
     for (int64_t k = 0; k < terms.count; ++k) {
-      double exponent[8], value[8];
-      for (int lane = 0; lane < 8; ++lane) {
-        const double x = (closest[lane] - distances[8 * k + lane]) * log2_e;
-        exponent[lane] = x < -200 ? -200 : x;  // NaN stays; 2^-200 is rounded to 0 below
-      }
-      exp2_of_eight(exponent, value);
-      for (int lane = 0; lane < 8; ++lane) sum[lane] += (value[lane] + terms.rounder) - terms.rounder;
+      Doubles x, term;
+      __builtin_memcpy(&x, distances + 8 * k, sizeof(x));
+      x = (closest - x) * log2_e;
+      exp2_of_eight(x < -200.0 ? Doubles{} - 200.0 : x, term);  // NaN stays; 2^-200 is rounded to 0
+      sum += (term + terms.rounder) - terms.rounder;
     }
     for (int lane = 0; lane < rest; ++lane) {
       const bool finite = centre[lane] - centre[lane] == 0;

@@ -7,21 +7,16 @@
 #include <limits>
 #include <numbers>
 #include <numeric>
-#include <utility>
-
-#include "cpu/capability.h"
+#include <type_traits>
 
 namespace csikernels::cpu {
 namespace {
 
 constexpr int64_t kTermsInCache = 1024;  // floats of each of the five planes of a strip
-constexpr int64_t kSample = 256;
-
-int64_t rounded_up(int64_t n) { return (n + kSlack + 15) / 16 * 16; }
 
 float margin_of(float sum) {
-  const int binades = 127 - (std::bit_cast<int32_t>(sum) >> 23);
-  return sum * (kMargin + kMarginPerBinade * static_cast<float>(std::max(binades, 0)));
+  const int binades = kBinadeOfEight - (std::bit_cast<int32_t>(sum) >> 23);
+  return kMarginOfSum * sum + kMarginOfSpread * std::min(8.0f - sum, kLn2 * (sum * static_cast<float>(binades)));
 }
 
 // Whether float32 leaves open which of two elements, lower key first, has the lower true sum.
@@ -32,36 +27,7 @@ bool close(int32_t key, int32_t next) {
   return !(above - sum > margin_of(above));
 }
 
-// Unsigned integers in the order of numbers, both zeros equal, NaN last.
-uint64_t ascending_key(double x) {
-  if (std::isnan(x)) return std::numeric_limits<uint64_t>::max();
-  const auto bits = std::bit_cast<uint64_t>(x + 0.0);  // -0 + 0 is +0
-  constexpr uint64_t sign = uint64_t{1} << 63;
-  return bits & sign ? ~bits : bits | sign;
-}
-
-// Positions of the m smallest keys, equal keys by position. Changes the order of `candidates`.
-void smallest(std::vector<Candidate>& candidates, int64_t m, int64_t* indices) {
-  const auto end = candidates.begin() + m;
-  if (end < candidates.end()) std::nth_element(candidates.begin(), end, candidates.end());
-  std::sort(candidates.begin(), end);
-  for (int64_t i = 0; i < m; ++i) indices[i] = candidates[i].position;
-}
-
 }  // namespace
-
-void LargestDoubles::find(const double* scores, int64_t* indices) {
-  for (size_t i = 0; i < candidates_.size(); ++i) candidates_[i] = {ascending_key(-scores[i]), static_cast<int64_t>(i)};
-  smallest(candidates_, m_, indices);
-}
-
-const InformationKernels& information_kernels() {
-#if defined(__x86_64__)
-  if (capability() >= Capability::avx512) return avx512::information_kernels;
-  if (capability() >= Capability::avx2) return avx2::information_kernels;
-#endif
-  return scalar::information_kernels;
-}
 
 int64_t strip_rows(const PaddedImage& layout) {
   return std::clamp<int64_t>(2 * kTermsInCache / layout.stride, std::max<int64_t>(1, 2 * layout.pad_rows),
@@ -119,157 +85,14 @@ Neighbourhood::Neighbourhood(int64_t channels, int64_t height, int64_t width, do
   log2_norm = std::log2(static_cast<double>(count)) + 0.5 * std::log2(2 * std::numbers::pi) + std::log2(b);
 }
 
-// Ranking ------------------------------------------------------------------------------------------------------------
-
-Ranking::Ranking(int64_t n, int64_t m, int32_t lowest, int32_t highest)
-    : n(n), m(m), kernels(information_kernels()), lowest_(lowest), highest_(highest), memory_(5 * rounded_up(n)) {
-  const int64_t part = rounded_up(n);
-  keys_ = memory_.get();
-  kept = keys_ + part;
-  positions = kept + part;
-  sorted_keys = positions + part;
-  sorted_positions = sorted_keys + part;
-}
-
-// Up to here, candidates beyond the m-th cost less than a better threshold would.
-int64_t Ranking::most() const {
-  if (m + 16 <= kNetwork) return kNetwork;
-  return m + std::max<int64_t>(32, m / 8);
-}
-
-// First thresholds, from every (n / 256)-th key.
-void Ranking::sample(int32_t* thresholds) {
-  const int64_t step = std::max<int64_t>(1, n / kSample), taken = std::min((n + step - 1) / step, kSample);
-  for (int64_t i = 0; i < taken; ++i) kept[i] = keys_[i * step];
-  std::fill(positions, positions + taken, 0);
-  sort(kept, positions, taken);
-  const int64_t rank = (m + most()) / 2 * taken / n;
-  constexpr int64_t spread[kThresholds] = {-7, -2, 2, 7};
-  for (int64_t t = 0; t < kThresholds; ++t)
-    thresholds[t] = sorted_keys[std::clamp<int64_t>(rank + spread[t], 0, taken - 1)];
-}
-
-Ranking::Candidates Ranking::candidates() {
-  const int64_t most = this->most(), aim = (m + most) / 2;
-  if (n <= most) {
-    std::copy(keys_, keys_ + n, kept);
-    std::iota(positions, positions + n, 0);
-    return {n, std::numeric_limits<int32_t>::max()};
-  }
-  // At most `low` are fewer than m keys, at most `high` more than `most`.
-  int64_t low = lowest_ - 1, high = highest_, count_low = 0, count_high = n;
-  int32_t thresholds[kThresholds];
-  int64_t counts[kThresholds];
-  if (guessed_) {
-    for (int64_t t = 0; t < kThresholds; ++t) {
-      const double guess = guess_ + keys_per_element_ * 20.0 * (static_cast<double>(t) - 1.5);
-      thresholds[t] = static_cast<int32_t>(std::clamp<double>(guess, lowest_, highest_));
-    }
-  } else {
-    sample(thresholds);
-  }
-  for (int pass = 0; high - low > 1; ++pass) {
-    kernels.count(keys_, n, thresholds, counts);
-    for (int64_t t = 0; t < kThresholds; ++t) {
-      const int64_t threshold = thresholds[t];
-      if (counts[t] < m) {
-        if (threshold > low) low = threshold, count_low = counts[t];
-      } else if (counts[t] > most) {
-        if (threshold < high) high = threshold, count_high = counts[t];
-      } else {
-        if (count_high > count_low) {
-          keys_per_element_ = static_cast<double>(high - low) / static_cast<double>(count_high - count_low);
-        }
-        guess_ = static_cast<double>(threshold) + keys_per_element_ * static_cast<double>(aim - counts[t]);
-        guessed_ = keys_per_element_ * 60 < static_cast<double>(threshold - lowest_);
-        const int64_t count =
-            kernels.keep(keys_, n, std::numeric_limits<int32_t>::min(), thresholds[t], kept, positions);
-        return {count, thresholds[t]};
-      }
-    }
-    // Between the two, where the wanted count would be if the keys were spread evenly; after some such attempts in
-    // equal parts, which ends after at most 14 more.
-    const double width = static_cast<double>(high - low), elements = static_cast<double>(count_high - count_low);
-    for (int64_t t = 0; t < kThresholds; ++t) {
-      const double even = static_cast<double>(t + 1) / (kThresholds + 1);
-      const double wanted = static_cast<double>(aim - count_low) + static_cast<double>(most - m) * 1.5 * (even - 0.5);
-      const double part = pass < 4 ? wanted / elements : even;
-      thresholds[t] = static_cast<int32_t>(
-          std::clamp<int64_t>(low + static_cast<int64_t>(part * width), low + 1, std::max(low + 1, high - 1)));
-    }
-  }
-  guessed_ = false;
-  return {0, static_cast<int32_t>(high)};
-}
-
-void Ranking::sort(const int32_t* keys, const int32_t* places, int64_t count) {
-  if (kernels.sort == nullptr || count > kNetwork) return radix_sort(keys, places, count);
-  kernels.sort(keys, places, count, sorted_keys, sorted_positions);
-  // The network leaves out the lowest bits of widely spread keys.
-  int64_t budget = 4 * kNetwork;
-  for (int64_t i = 1; i < count; ++i) {
-    const int32_t key = sorted_keys[i], position = sorted_positions[i];
-    if (sorted_keys[i - 1] <= key) continue;
-    int64_t to = i;
-    for (; to > 0 && sorted_keys[to - 1] > key; --to, --budget) {
-      sorted_keys[to] = sorted_keys[to - 1];
-      sorted_positions[to] = sorted_positions[to - 1];
-    }
-    sorted_keys[to] = key;
-    sorted_positions[to] = position;
-    if (budget < 0) return radix_sort(keys, places, count);
-  }
-}
-
-// Stable, byte by byte from the lowest; bytes that all keys share are passed over.
-void Ranking::radix_sort(const int32_t* keys, const int32_t* places, int64_t count) {
-  struct Pair {
-    uint32_t key;
-    int32_t position;
-  };
-  std::vector<Pair> pairs(2 * count);
-  Pair *from = pairs.data(), *to = from + count;
-  int64_t histogram[4][256] = {};
-  for (int64_t i = 0; i < count; ++i) {
-    const uint32_t key = static_cast<uint32_t>(keys[i]) ^ 0x80000000u;  // unsigned numbers in the order of signed ones
-    from[i] = {key, places[i]};
-    for (int byte = 0; byte < 4; ++byte) ++histogram[byte][(key >> (8 * byte)) & 0xFF];
-  }
-  for (int byte = 0; byte < 4; ++byte) {
-    int64_t* const counts = histogram[byte];
-    if (count == 0 || counts[(from[0].key >> (8 * byte)) & 0xFF] == count) continue;
-    int64_t begin = 0;
-    for (int digit = 0; digit < 256; ++digit) begin += std::exchange(counts[digit], begin);
-    for (int64_t i = 0; i < count; ++i) to[counts[(from[i].key >> (8 * byte)) & 0xFF]++] = from[i];
-    std::swap(from, to);
-  }
-  for (int64_t i = 0; i < count; ++i) {
-    sorted_keys[i] = static_cast<int32_t>(from[i].key ^ 0x80000000u);
-    sorted_positions[i] = from[i].position;
-  }
-}
-
-void Ranking::smallest(int64_t* indices) {
-  Candidates found = candidates();
-  if (found.count == 0) {  // all keys below the shared one, and the first of those that share it
-    constexpr int32_t lowest = std::numeric_limits<int32_t>::min();
-    const int64_t below =
-        found.threshold == lowest ? 0 : kernels.keep(keys_, n, lowest, found.threshold - 1, kept, positions);
-    kernels.keep(keys_, n, found.threshold, found.threshold, kept + below, positions + below);
-    found.count = m;
-  }
-  sort(kept, positions, found.count);
-  std::copy(sorted_positions, sorted_positions + m, indices);
-}
-
 // Informer -----------------------------------------------------------------------------------------------------------
 
 Informer::Informer(const Neighbourhood& neighbourhood, int64_t m)
     : hood_(neighbourhood),
       ranking_(neighbourhood.fast ? neighbourhood.layout.numel() : 0, m, 0, kAllEqual),
-      padded_(neighbourhood.fast ? rounded_up(neighbourhood.layout.size) : 0),
+      padded_(neighbourhood.fast ? with_slack(neighbourhood.layout.size) : 0),
       terms_(neighbourhood.fast ? terms_size(neighbourhood.layout) : 0) {
-  if (hood_.fast) std::memset(padded_.get(), 0, rounded_up(hood_.layout.size) * sizeof(float));
+  if (hood_.fast) std::memset(padded_.get(), 0, with_slack(hood_.layout.size) * sizeof(float));
 }
 
 // The float32 sums as keys; false where the sample needs float64 (its size is extreme, or not finite).
@@ -288,18 +111,23 @@ void Informer::select(const float* image, int64_t* indices) {
     pad_exactly(image);
     return select_exactly(indices);
   }
-  auto [count, threshold] = ranking_.candidates();
+  Ranking& r = ranking_;
+  auto [count, threshold] = r.candidates();
+  bool certain = false, complete = false;
   int32_t mth_key = threshold;
-  bool complete = false;
   if (count > 0) {
-    ranking_.sort(ranking_.kept, ranking_.positions, count);
-    mth_key = ranking_.sorted_keys[ranking_.m - 1];
-    const bool all = count == ranking_.n;
-    complete = all || !close(mth_key, threshold);
+    r.sort_coarsely(r.kept, r.positions, count);
+    certain = r.kernels.certain(r.sorted_keys, count);  // and therefore in order
+    if (!certain) r.repair(r.kept, r.positions, count);
+    mth_key = r.sorted_keys[r.m - 1];
+    complete = count == r.n || !close(mth_key, threshold);
   }
-  if (!complete) count = settle_boundary(mth_key);
-  if (!ranking_.kernels.certain(ranking_.sorted_keys, count)) settle_order(count);
-  std::copy(ranking_.sorted_positions, ranking_.sorted_positions + ranking_.m, indices);
+  if (!complete) {
+    count = settle_boundary(mth_key);
+    certain = r.kernels.certain(r.sorted_keys, count);
+  }
+  if (!certain) settle_order(count);
+  std::copy(r.sorted_positions, r.sorted_positions + r.m, indices);
 }
 
 // Exactly the m right elements, where float32 leaves open who is the last of them: those that are certain, and of those
@@ -323,13 +151,12 @@ int64_t Informer::settle_boundary(int32_t mth_key) {
     r.sort(r.kept, r.positions, r.m);
     return r.m;
   }
-  std::vector<double> log_sums(open);
-  exact_log_sums(padded_.get(), elements, open, log_sums.data());
+  exact_log_sums(elements, open);
   std::vector<int64_t> order(open);
   std::iota(order.begin(), order.end(), 0);
   // Elements stand by position, so that the place among them breaks ties.
   std::nth_element(order.begin(), order.begin() + wanted - 1, order.end(), [&](int64_t a, int64_t b) {
-    return log_sums[a] != log_sums[b] ? log_sums[a] < log_sums[b] : a < b;
+    return log_sums_[a] != log_sums_[b] ? log_sums_[a] < log_sums_[b] : a < b;
   });
   std::sort(order.begin(), order.begin() + wanted);
   for (int64_t i = 0; i < wanted; ++i) {
@@ -340,28 +167,27 @@ int64_t Informer::settle_boundary(int32_t mth_key) {
   return r.m;
 }
 
-// Sorts runs of elements whose float32 sums are too close to tell by their float64 sums.
+// Sorts runs of elements whose float32 sums are too close to tell by their float64 sums, all of them found at once.
 void Informer::settle_order(int64_t count) {
   const int32_t* const keys = ranking_.sorted_keys;
   int32_t* const elements = ranking_.sorted_positions;
-  std::vector<std::pair<double, int32_t>> run;
-  std::vector<double> log_sums;
-  for (int64_t begin = 0, end; begin < count; begin = end) {
+  runs_.clear();
+  open_.clear();
+  for (int64_t begin = 0, end; begin < std::min(count, ranking_.m); begin = end) {
     for (end = begin + 1; end < count && close(keys[end - 1], keys[end]);) ++end;
     if (end - begin == 1) continue;
-    log_sums.resize(end - begin);
-    exact_log_sums(padded_.get(), elements + begin, end - begin, log_sums.data());
-    run.clear();
-    for (int64_t i = begin; i < end; ++i) run.emplace_back(log_sums[i - begin], elements[i]);
-    std::sort(run.begin(), run.end());
-    for (int64_t i = begin; i < end; ++i) elements[i] = run[i - begin].second;
+    runs_.push_back({begin, end - begin});
+    open_.insert(open_.end(), elements + begin, elements + end);
   }
-}
-
-ExactTerms Informer::exact_terms() const {
-  const auto count = static_cast<int64_t>(hood_.shifts.size());
-  return {hood_.shifts.data(), count, 1 / hood_.bandwidth,
-          1.5 * static_cast<double>(std::bit_ceil(static_cast<uint64_t>(std::max<int64_t>(1, count))))};
+  exact_log_sums(open_.data(), static_cast<int64_t>(open_.size()));
+  const double* log_sum = log_sums_.data();
+  for (const auto& [begin, length] : runs_) {
+    ordered_.clear();
+    for (int64_t i = 0; i < length; ++i) ordered_.emplace_back(log_sum[i], elements[begin + i]);
+    std::sort(ordered_.begin(), ordered_.end());
+    for (int64_t i = 0; i < length; ++i) elements[begin + i] = ordered_[i].second;
+    log_sum += length;
+  }
 }
 
 int64_t Informer::padded_position(int64_t element) const {
@@ -372,16 +198,35 @@ int64_t Informer::padded_position(int64_t element) const {
 }
 
 // log2 of the neighbour sums, in float64, of some elements of the float32 image.
-void Informer::exact_log_sums(const float* padded, const int32_t* elements, int64_t count, double* log_sums) {
-  const ExactTerms terms = exact_terms();
-  scratch_.resize(8 * std::max<int64_t>(1, terms.count));
-  nearest_.resize(count);
-  total_.resize(count);
+void Informer::exact_log_sums(const int32_t* elements, int64_t count) {
   exact_positions_.resize(count);
   for (int64_t i = 0; i < count; ++i) exact_positions_[i] = padded_position(elements[i]);
-  ranking_.kernels.exact_sums_of_floats(padded, exact_positions_.data(), count, terms, scratch_.data(), nearest_.data(),
-                                        total_.data());
-  for (int64_t i = 0; i < count; ++i) log_sums[i] = std::log2(total_[i]) - nearest_[i] * std::numbers::log2e;
+  exact_sums(padded_.get());
+  log_sums_.resize(count);
+  for (int64_t i = 0; i < count; ++i) log_sums_[i] = std::log2(total_[i]) - nearest_[i] * std::numbers::log2e;
+}
+
+// nearest_ and total_ of the elements at exact_positions_.
+template <class Float>
+void Informer::exact_sums(const Float* padded) {
+  const auto shifts = static_cast<int64_t>(hood_.shifts.size()), count = static_cast<int64_t>(exact_positions_.size());
+  const ExactTerms terms{
+      .shifts = hood_.shifts.data(),
+      .count = shifts,
+      .inverse_bandwidth = 1 / hood_.bandwidth,
+      .rounder = 1.5 * static_cast<double>(std::bit_ceil(static_cast<uint64_t>(std::max<int64_t>(1, shifts)))),
+  };
+  scratch_.resize(8 * std::max<int64_t>(1, shifts));
+  nearest_.resize(count);
+  total_.resize(count);
+  const InformationKernels& kernels = ranking_.kernels;
+  if constexpr (std::is_same_v<Float, float>) {
+    kernels.exact_sums_of_floats(padded, exact_positions_.data(), count, terms, scratch_.data(), nearest_.data(),
+                                 total_.data());
+  } else {
+    kernels.exact_sums_of_doubles(padded, exact_positions_.data(), count, terms, scratch_.data(), nearest_.data(),
+                                  total_.data());
+  }
 }
 
 // Scales by the same power of two as the fast path, so that the exponent of the bandwidth is out of the way.
@@ -394,12 +239,7 @@ void Informer::pad_exactly(const Float* image) {
     exact_positions_[i] = padded_position(i);
     padded_exactly_[exact_positions_[i]] = static_cast<double>(image[i]) * hood_.scale;
   }
-  const ExactTerms terms = exact_terms();
-  scratch_.resize(8 * std::max<int64_t>(1, terms.count));
-  nearest_.resize(layout.numel());
-  total_.resize(layout.numel());
-  ranking_.kernels.exact_sums_of_doubles(padded_exactly_.data(), exact_positions_.data(), layout.numel(), terms,
-                                         scratch_.data(), nearest_.data(), total_.data());
+  exact_sums(padded_exactly_.data());
 }
 
 void Informer::select(const double* image, int64_t* indices) {
