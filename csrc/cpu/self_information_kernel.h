@@ -13,9 +13,11 @@
 // before each channel and after the last. A row's zeros on the right are those on the left of the next row, so every
 // neighbour of every element lies at a constant distance in memory and no border needs code of its own.
 //
-// One sample of [2, 32, 32], radius 3: reads 8 KB, writes m * 12 bytes; 4 * 1.2 * 2,048 exponentials of 13 operations
-// each, 8 additions an element: about 8,900 vector instructions of 16 lanes, 0.6 us at two a cycle and 4 GHz. With
-// selection and sort the floor on the bench machine is 1.1 us a sample and thread; see the benches for what is reached.
+// One sample of [2, 32, 32], radius 3, m = 221: reads 8 KB, writes m * 12 bytes; 4 * 1.2 * 2,048 exponentials of 16
+// operations and 8 additions an element. Floor on the bench machine's AVX-512 with two multiply-adds a cycle, each
+// exponential needing eight: 0.6 us a sample and thread for the sums, 1.1 us with selection and sort. Measured: 2.3 us
+// (padding 0.15, sums 1.3, threshold and compress 0.35, sort 0.45), which is half of that floor; 3.7 us for 90% zeros,
+// where tied elements are settled in float64; AVX2 7.3 us, scalar 17.8 us.
 #pragma once
 
 #include <cstdint>
