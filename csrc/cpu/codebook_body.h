@@ -41,7 +41,7 @@ __attribute__((noinline)) void keep(const IntLanes& real, const IntLanes& imagin
   unsigned hits = may_win(squared, residual, lowered(g.best[q] - g.error[q]), g.slope[q]);
   const F32 root = sqrt(squared), margin = fma(broadcast(g.slope[q]), residual, broadcast(g.error[q]));
   float low[F32::lanes], high[F32::lanes];
-  store(low, fnma(root, broadcast(kRounding), root - margin));
+  store(low, fnma(root, broadcast(4 * kRounding), root - margin));  // the stored scale^2 is rounded up
   store(high, fma(root, broadcast(kRounding), root + margin));
   int count = g.count[q];
   float best = g.best[q];
@@ -232,15 +232,38 @@ void maximum(const uint8_t* tiles, int64_t components, int64_t first, int64_t la
   if (from < g.queries) maximum_group<1>(tiles, components, first, last, from, g);
 }
 
-// |w^H q| of R words at once.
+constexpr int kScored = F32::lanes / 2;  // words scored at once: two sums each fill the lanes
+
+// Adds up the halves of every block of 2 H lanes of a and of b: the blocks of a, then those of b, H lanes each.
+template <int H>
+CSIKERNELS_INLINE F32 fold(F32 a, F32 b) {
+  IntLanes low, high;
+#pragma GCC unroll 16
+  for (int lane = 0; lane < F32::lanes; ++lane) {
+    low[lane] = lane / H * 2 * H + lane % H;
+    high[lane] = low[lane] + H;
+  }
+  return {__builtin_shuffle(a.v, b.v, low) + __builtin_shuffle(a.v, b.v, high)};
+}
+
+// Lane i is the sum over all lanes of sums[i]. Neighbours are folded first, so that the order stays.
+template <int H = F32::lanes / 2>
+CSIKERNELS_INLINE F32 add_lanes(F32* sums) {
+#pragma GCC unroll 16
+  for (int i = 0; i < H; ++i) sums[i] = fold<H>(sums[2 * i], sums[2 * i + 1]);
+  if constexpr (H > 1) return add_lanes<H / 2>(sums);
+  return sums[0];
+}
+
+// |w^H q| of R words, kScored or one.
 template <int R>
 void score_words(const float* query, const float* words, int64_t components, const int64_t* index, float* similarity) {
   const float* row[R];
-  F32 real[R], imaginary[R];
+  F32 sums[2 * R];  // real parts, then imaginary ones
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
     row[r] = words + index[r] * components;
-    real[r] = imaginary[r] = broadcast(0.0f);
+    sums[r] = sums[R + r] = broadcast(0.0f);
   }
   int64_t c = 0;
   for (; c + F32::lanes <= components; c += F32::lanes) {
@@ -248,8 +271,8 @@ void score_words(const float* query, const float* words, int64_t components, con
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       const F32 w = load(row[r] + c);
-      real[r] = fma(w, a, real[r]);
-      imaginary[r] = fma(w, b, imaginary[r]);
+      sums[r] = fma(w, a, sums[r]);
+      sums[R + r] = fma(w, b, sums[R + r]);
     }
   }
   if (const int rest = static_cast<int>(components - c); rest > 0) {
@@ -257,21 +280,31 @@ void score_words(const float* query, const float* words, int64_t components, con
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       const F32 w = load_first(row[r] + c, rest);
-      real[r] = fma(w, a, real[r]);
-      imaginary[r] = fma(w, b, imaginary[r]);
+      sums[r] = fma(w, a, sums[r]);
+      sums[R + r] = fma(w, b, sums[R + r]);
     }
   }
-  for (int r = 0; r < R; ++r) {
-    const float x = reduce_add(real[r]), y = reduce_add(imaginary[r]);
-    similarity[r] = __builtin_sqrtf(x * x + y * y);
+  float parts[F32::lanes];
+  if constexpr (R == kScored) {
+    store(parts, add_lanes(sums));
+  } else {
+    for (int i = 0; i < 2 * R; ++i) parts[i] = reduce_add(sums[i]);
   }
+  for (int r = 0; r < R; ++r) similarity[r] = __builtin_sqrtf(parts[r] * parts[r] + parts[R + r] * parts[R + r]);
 }
 
 void score(const float* query, const float* words, int64_t components, const int64_t* index, int64_t n,
            float* similarity) {
   int64_t i = 0;
-  for (; i + 4 <= n; i += 4) score_words<4>(query, words, components, index + i, similarity + i);
-  for (; i < n; ++i) score_words<1>(query, words, components, index + i, similarity + i);
+  for (; i + kScored <= n; i += kScored) score_words<kScored>(query, words, components, index + i, similarity + i);
+  if (i + 1 == n) return score_words<1>(query, words, components, index + i, similarity + i);
+  if (i == n) return;
+  // The last few with the first of them in the places that are left, rather than one at a time.
+  int64_t last[kScored];
+  float scored[kScored];
+  for (int r = 0; r < kScored; ++r) last[r] = index[i + r < n ? i + r : i];
+  score_words<kScored>(query, words, components, last, scored);
+  for (int64_t r = 0; i + r < n; ++r) similarity[i + r] = scored[r];
 }
 
 }  // namespace
