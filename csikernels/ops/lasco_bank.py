@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ class _Weights(nn.Module):
                 self.register_buffer(name, tensor)
 
     def tensors(self) -> list[Tensor]:
-        own = self._parameters or self._buffers  # getattr would look through both for each name
+        own: dict[str, Any] = {**self._parameters, **self._buffers}  # getattr would look through both for each name
         return [own[name] if name in own else getattr(self, name) for name in self._names]
 
 
