@@ -2,7 +2,7 @@
 
 The schemas carry weights as one flat list, each entry stacked over the slots ``[U, ...]`` (order:
 ``csikernels.ops.lasco_layout.weight_names``). ``packed`` holds the same weights once more in the chosen backend's own
-layout; it is empty for a backend that reads the stacked ones.
+layout; it is empty for a backend that reads the stacked ones, as the C++ kernels do.
 """
 
 from __future__ import annotations
@@ -52,6 +52,9 @@ def lasco_forward(
 
     ``proxy[slot](h_in) + alpha[slot] * (base_output - reference(h_in))``, for a batch that mixes any slots. A sample's
     result does not depend on the rest of the batch.
+
+    On a CPU the compiled kernels run float32 and bfloat16 banks; a float64 bank, meant for checking gradients, always
+    runs on the reference.
 
     Differentiable once with respect to ``h_in``, ``base_output`` and, in a bank built with ``trainable=True``, the
     proxies' weights and ``bank.alpha``. A slot that the batch does not use gets zero gradients, not None. The compiled

@@ -25,8 +25,8 @@ namespace {
 
 using OutputAndShift = std::tuple<at::Tensor, at::Tensor>;
 
-// Samples whose proxies run before the reference runs on all of them: the reference's weights then come from the second
-// cache level but for the first, and the samples between do not push them out more often.
+// Samples whose proxies run before the reference runs on all of them. The reference's weights stay in the second cache
+// level between turns; long turns ask memory for all they need in half of the time.
 constexpr int64_t kTurn = 2;
 // Below this many operations a second thread costs more to wake than it saves.
 constexpr double kOperationsPerThread = 1e6;

@@ -12,8 +12,12 @@
 //
 // Operations per sample: 2 T (2 F d + L (4 d^2 + 2 d ff + 2 T d)), 7.3 M at the standard size (T = 32, F = d = 64, L =
 // 2, ff = 256). Bytes: the network's weights once, 440 KB in float32 and 225 KB in bfloat16; everything else stays in
-// the first two cache levels. The next weights are fetched while a product runs, across products and into the next
-// network (WeightStream), so memory hides behind 7.3 M / 440 K = 17 operations per byte.
+// the first two cache levels. The weights to come are fetched while a product runs, across products and into the next
+// network (WeightStream): without that, a pass over weights in the third cache level takes 1.6 times as long.
+//
+// 64 slots, one sample each, on two Zen 5 cores (float32 496 GFLOP/s, bfloat16 954): 940 MFLOP, so at best 1.9 and
+// 1.0 ms. The kernel alone takes 2.2 and 1.2 ms (86% and 81%); a public call between calls of its peers, which push its
+// weights out of the caches, 2.5 and 1.5 ms. What is left: softmax and LayerNorm 7%, transposing 2%, memory 6%.
 #pragma once
 
 #include <cstdint>

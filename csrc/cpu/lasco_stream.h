@@ -49,7 +49,7 @@ inline int64_t list_spans(const SamSizes& sizes, const void* const* weights, Spa
   return count;
 }
 
-// Fetches weights into the second cache level, a fixed distance ahead of the products that read them.
+// Fetches weights into the first cache level, a fixed distance ahead of the products that read them.
 //
 // A product asks before each band of rows for the place to fetch from, and fetches as many bytes there as it reads
 // itself, a cache line every other step. Vectors on the way (biases, norms), and the start of a matrix that a band
