@@ -2,6 +2,7 @@
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
+#include <c10/util/accumulate.h>
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -74,11 +75,11 @@ LastFreed& last_freed() {
 
 }  // namespace
 
-at::Tensor activation_memory(int64_t rows, int64_t columns, const at::TensorOptions& options) {
-  const size_t needed = static_cast<size_t>(rows) * static_cast<size_t>(columns) * sizeof(float);
-  if (needed < kSmall) return at::empty({rows, columns}, options);
+at::Tensor activation_memory(at::IntArrayRef sizes, const at::TensorOptions& options) {
+  const size_t needed = static_cast<size_t>(c10::multiply_integers(sizes)) * sizeof(float);
+  if (needed < kSmall) return at::empty(sizes, options);
   const Block block = last_freed().take((needed + kHugePage - 1) / kHugePage * kHugePage);
-  return at::from_blob(block.data, {rows, columns}, [block](void*) { last_freed().give(block); }, options);
+  return at::from_blob(block.data, sizes, [block](void*) { last_freed().give(block); }, options);
 }
 
 }  // namespace csikernels::cpu

@@ -5,10 +5,10 @@
 
 namespace csikernels::cpu {
 
-// A tensor [rows, columns], not initialised. Its memory is huge pages where the system has them, and the blocks freed
+// A tensor, not initialised. Its memory is huge pages where the system has them, and the blocks freed
 // last (four) are kept for the next calls of about their size: hundreds of megabytes fresh from the system at every
 // step would cost more in page faults than the step computes. While they are kept, the system may take their pages back
 // (MADV_FREE).
-at::Tensor activation_memory(int64_t rows, int64_t columns, const at::TensorOptions& options);
+at::Tensor activation_memory(at::IntArrayRef sizes, const at::TensorOptions& options);  // float32
 
 }  // namespace csikernels::cpu

@@ -177,7 +177,7 @@ class WeightGradients {
       first_part_.push_back(parts);
       parts += count > 1 ? count : 0;
     }
-    parts_ = activation_memory(parts, total_, proxies[0].options());
+    parts_ = activation_memory({parts, total_}, proxies[0].options());
   }
 
   std::vector<float*> place(const Task& task) {

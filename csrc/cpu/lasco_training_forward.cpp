@@ -65,10 +65,11 @@ ForwardResult lasco_training_forward(const at::Tensor& h_in, const at::Tensor& b
   const Networks own(z, proxies, slots), shared(z, runs_reference ? reference : proxies, runs_reference ? 0 : slots);
   const Kept at = kept_rows(z);
   const int64_t t = padded16(z.tokens), sample = z.tokens * z.features, kept_floats = at.rows * t;
-  at::Tensor output = at::empty(h.sizes(), h.options());
+  // Tensors that need a gradient cannot be resized, so this memory serves them as well as torch's own.
+  at::Tensor output = keep ? activation_memory(h.sizes(), h.options()) : at::empty(h.sizes(), h.options());
   at::Tensor shift = at::empty({0}, h.options());
-  if (keep_shift) shift = activation_memory(batch, sample, h.options()).view(h.sizes());
-  at::Tensor kept = keep ? activation_memory(batch, kept_floats, h.options()) : at::empty({0}, h.options());
+  if (keep_shift) shift = activation_memory(h.sizes(), h.options());
+  at::Tensor kept = keep ? activation_memory({batch, kept_floats}, h.options()) : at::empty({0}, h.options());
 
   const float *hs = h.const_data_ptr<float>(), *bases = base.const_data_ptr<float>();
   const float *givens = given.const_data_ptr<float>(), *factors = alphas.const_data_ptr<float>();

@@ -29,6 +29,8 @@ class AdaptConfig:
 
     Attributes:
         train: optimisation of the proxy; LASCO uses a constant 1e-3, batch 256, at most 100 epochs, patience 20.
+            With ``mixed_precision="auto"`` the compiled kernels train in float32 on a CPU
+            (:func:`csimodels.training.adapt_together.adapt_together`), which is faster there than bfloat16 autocast.
         alpha: of LASCO (fixed). initial_alpha: where E-LASCO starts. alpha_learning_rate: of E-LASCO's coefficient,
             which is not decayed; the paper does not give it.
         initial: what the networks start from: ``"pinv"`` (the pseudo-inverse of the projection, eq. 11) or ``"lmmse"``

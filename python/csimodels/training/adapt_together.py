@@ -210,8 +210,9 @@ class _BankTrainer:
         slots = torch.tensor(active).repeat_interleave(train.batch_size)
         self.optimizer.zero_grad()
         estimate = self._estimate(h_in, base, reference, slots)
-        error = torch.nn.functional.mse_loss(estimate, target, reduction="none")
-        losses = error.view(len(active), -1).mean(1)
+        # squared_error of each slot. A norm per sample takes fewer passes over the batch than its squares would.
+        norms = torch.linalg.vector_norm((estimate - target).flatten(1), dim=1)
+        losses = norms.square().view(len(active), -1).mean(1) / target[0].numel()
         losses.sum().backward()
         if self.bank.alpha.grad is not None:
             self.bank.alpha.grad.mul_(self.learns_alpha)  # no gradient, no decay: AdamW leaves these as they are
