@@ -291,7 +291,10 @@ def _operand(x: Tensor, weight_dtype: torch.dtype) -> Tensor:
 
 
 def _quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Integers in -127..127 held in the dtype of ``x``, and the scale of each row (1 for a row of zeros)."""
+    """Integers in -127..127 held in the dtype of ``x``, and the scale of each row.
+
+    The scale is 1 for a row of zeros, and for one so small that its scale would not be a normal float32: all zeros.
+    """
     scale = x.abs().amax(-1, keepdim=True) / 127
-    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+    scale = torch.where(scale < torch.finfo(torch.float32).tiny, torch.ones_like(scale), scale)
     return torch.round(x / scale), scale

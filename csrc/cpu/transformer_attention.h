@@ -1,4 +1,4 @@
-// Attention of one sample. Included inside an instruction set's namespace.
+// Attention, head by head. Included inside an instruction set's namespace.
 //
 // Scores are formed transposed, [key][32 queries], so that the softmax over keys runs down the lanes and a probability
 // can be broadcast for the product with the values.
