@@ -9,13 +9,44 @@
 
 namespace {
 
+// One step of the transpose of a square of rows: blocks of kHalf x kHalf off the diagonal change places.
+template <int kHalf>
+CSIKERNELS_INLINE void exchange(F32* rows) {
+  IntLanes upper{}, lower{};
+#pragma GCC unroll 16
+  for (int j = 0; j < kLanes; ++j) {
+    upper[j] = (j & kHalf) != 0 ? kLanes + j - kHalf : j;
+    lower[j] = (j & kHalf) != 0 ? kLanes + j : j + kHalf;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) {
+    if ((i & kHalf) != 0) continue;
+    const FloatLanes a = rows[i].v, b = rows[i + kHalf].v;
+    rows[i].v = __builtin_shuffle(a, b, upper);
+    rows[i + kHalf].v = __builtin_shuffle(a, b, lower);
+  }
+}
+
+CSIKERNELS_INLINE void transpose(F32* rows) {
+  exchange<1>(rows);
+  exchange<2>(rows);
+  if constexpr (kLanes >= 8) exchange<4>(rows);
+  if constexpr (kLanes >= 16) exchange<8>(rows);
+}
+
 // panels[p][c][q] = x[32 p + q][c] for c < n, zeros beyond the rows
 void transpose_to_panels(const float* x, int64_t stride, int64_t rows, int64_t n, float* panels) {
-  for (int64_t p = 0; p < panels_of(rows); ++p, panels += n * kPanel) {
-    const int64_t valid = least(kPanel, rows - p * kPanel);
-    for (int64_t q = 0; q < kPanel; ++q) {
-      const float* row = x + (p * kPanel + q) * stride;
-      for (int64_t c = 0; c < n; ++c) panels[c * kPanel + q] = q < valid ? row[c] : 0.0f;
+  for (int64_t first = 0; first < panels_of(rows) * kPanel; first += kLanes) {
+    float* const panel = panels + first / kPanel * n * kPanel + first % kPanel;
+    for (int64_t c = 0; c < n; c += kLanes) {
+      F32 square[kLanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) {
+        square[i] = first + i < rows ? load_up_to(x + (first + i) * stride + c, n - c) : broadcast(0.0f);
+      }
+      transpose(square);
+      const int64_t columns = least(kLanes, n - c);
+      for (int64_t i = 0; i < columns; ++i) store(panel + (c + i) * kPanel, square[i]);
     }
   }
 }
