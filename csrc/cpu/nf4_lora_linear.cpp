@@ -1,0 +1,193 @@
+// The NF4 + LoRA layer: blocking, the parallel loops, and where each part of the sum is taken.
+#include <ATen/Parallel.h>
+#include <ATen/TensorOperators.h>
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/constant_pad_nd.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/mm.h>
+
+#include <algorithm>
+
+#include "cpu/nf4_lora.h"
+
+namespace csikernels::cpu::nf4_lora {
+namespace {
+
+constexpr int64_t kFewWorkPerThread = 1 << 18;  // weights times tokens that one thread does in a few microseconds
+constexpr int64_t kBlockUnits = 256;            // of 4 bytes: three groups of 16 tokens and this many steps fit L1
+constexpr int64_t kWideBlockUnits = 512;        // two groups
+constexpr int64_t kPanelRows = 128;             // times kBlockUnits: 128 KB of L2
+constexpr int64_t kRowPadding = 16;             // units, so that the rows of a panel do not share cache sets
+constexpr int64_t kChunkGroups = 32;            // of tokens, whose sums for one panel fit L2
+
+// The arguments in the layer's element type, contiguous.
+struct Operands {
+  const Layer& layer;
+  NF4Matrix weight;
+  int64_t tokens, rank;
+  const char* x;       // [tokens, k]
+  const char* lora_a;  // [rank, k]
+  const char* lora_b;  // [n, rank]
+  const float* bias;   // [n] or nothing
+  float scaling;
+  char* out;  // [tokens, n]
+};
+
+void multiply_few_tokens(const Operands& o) {
+  const Layer& layer = o.layer;
+  const int64_t n = o.weight.n, k = o.weight.k;
+  const int64_t x_elements = layer.permute != nullptr ? permuted_k(k) : 0;
+  const Scratch<char> permuted(o.tokens * x_elements * layer.element_bytes());
+  if (layer.permute != nullptr) layer.permute(o.x, o.tokens, k, permuted.get());
+  const Scratch<float> t(o.tokens * o.rank), sums(o.tokens * n);
+  layer.inner(o.x, o.tokens, k, o.lora_a, o.rank, o.scaling, t.get());
+  const void* x = layer.permute != nullptr ? permuted.get() : o.x;
+  const int64_t grain = std::max<int64_t>(16, kFewWorkPerThread / (k * o.tokens));
+  at::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) {
+    layer.multiply_few({o.weight, o.tokens, x, t.get(), o.lora_b, o.rank, sums.get(), begin, end});
+    for (int64_t token = 0; token < o.tokens; ++token) {
+      const int64_t at = token * n + begin;
+      layer.finish(sums.get() + at, o.bias == nullptr ? nullptr : o.bias + begin, end - begin,
+                   o.out + at * layer.element_bytes());
+    }
+  });
+}
+
+// x and t in the order of the product, one group of tokens at a time.
+struct PackedTokens {
+  bool wide;
+  int64_t per_group, groups, x_steps, t_steps;  // steps of 4 bytes
+  Scratch<float> x, t;
+
+  PackedTokens(const Layer& layer, int64_t tokens, int64_t k, int64_t rank)
+      : wide(layer.wide && tokens <= layer.lanes),
+        per_group(wide ? layer.lanes / 2 : layer.lanes),
+        groups(ceil_div(tokens, per_group)),
+        x_steps(round_up(k, layer.panel_multiple) / layer.step),
+        t_steps(rank / layer.step),
+        x(groups * vector_units(layer, x_steps)),
+        t(groups * vector_units(layer, t_steps)) {}
+
+  // A wide step is twice as long and has half the tokens.
+  int64_t vector_units(const Layer& layer, int64_t steps) const {
+    return steps * (wide ? layer.lanes / 2 : layer.lanes);
+  }
+};
+
+void pack_tokens(const Operands& o, const PackedTokens& packed) {
+  const Layer& layer = o.layer;
+  const int64_t k = o.weight.k, bytes = layer.element_bytes();
+  at::parallel_for(0, packed.groups, 1, [&](int64_t begin, int64_t end) {
+    const Scratch<float> t(packed.per_group * o.rank);
+    const Scratch<char> narrow(packed.per_group * o.rank * bytes);
+    for (int64_t group = begin; group < end; ++group) {
+      const int64_t first = group * packed.per_group, here = std::min(packed.per_group, o.tokens - first);
+      const char* x = o.x + first * k * bytes;
+      layer.pack_for_panel(x, k * bytes, here, k * bytes, packed.x_steps, packed.wide,
+                           packed.x.get() + group * packed.vector_units(layer, packed.x_steps));
+      if (o.rank == 0) continue;
+      layer.inner(x, here, k, o.lora_a, o.rank, o.scaling, t.get());
+      layer.finish(t.get(), nullptr, here * o.rank, narrow.get());
+      layer.pack(narrow.get(), o.rank * bytes, here, o.rank * bytes, packed.t_steps, packed.wide,
+                 packed.t.get() + group * packed.vector_units(layer, packed.t_steps));
+    }
+  });
+}
+
+// Rows `begin` .. `end` of W for all tokens.
+void multiply_panel(const Operands& o, const PackedTokens& packed, int64_t begin, int64_t end, float* panel, float* c) {
+  const Layer& layer = o.layer;
+  const int64_t k = o.weight.k, n = o.weight.n, bytes = layer.element_bytes(), lanes = layer.lanes;
+  const int64_t block = packed.wide ? kWideBlockUnits : kBlockUnits, row_units = block + kRowPadding;
+  const int64_t x_units = packed.vector_units(layer, packed.x_steps);
+  const int64_t t_units = packed.vector_units(layer, packed.t_steps);
+  const int64_t unit = packed.wide ? 2 : 1;  // of 4 bytes per step
+  for (int64_t group = 0; group < packed.groups; group += kChunkGroups) {
+    const int64_t groups = std::min(kChunkGroups, packed.groups - group), c_row = groups * lanes;
+    bool accumulate = o.rank > 0;
+    if (o.rank > 0) {
+      layer.multiply({o.lora_b + begin * o.rank * bytes, o.rank / layer.step, unit, packed.t.get() + group * t_units,
+                      t_units, lanes, c, c_row, lanes, end - begin, groups, packed.t_steps / unit, false, packed.wide});
+    }
+    for (int64_t step = 0; step < packed.x_steps; step += block) {
+      const int64_t first = step * layer.step, columns = std::min(block * layer.step, k - first);
+      const int64_t steps = std::min(block, packed.x_steps - step);
+      layer.panel(o.weight, begin, end - begin, first, columns, panel, row_units);
+      layer.multiply({panel, row_units, unit, packed.x.get() + group * x_units + step * lanes / unit, x_units, lanes, c,
+                      c_row, lanes, end - begin, groups, steps / unit, accumulate, packed.wide});
+      accumulate = true;
+    }
+    const int64_t token = group * packed.per_group;
+    const int64_t here = std::min(groups * packed.per_group, o.tokens - token);
+    layer.store_transposed(c, c_row, end - begin, here, o.bias == nullptr ? nullptr : o.bias + begin, packed.wide,
+                           o.out + (token * n + begin) * bytes, n);
+  }
+}
+
+void multiply_many_tokens(const Operands& o) {
+  const PackedTokens packed(o.layer, o.tokens, o.weight.k, o.rank);
+  pack_tokens(o, packed);
+  // Whole panels where each thread gets some, thinner ones otherwise: a row's sum does not depend on its panel.
+  const int64_t share = round_up(ceil_div(o.weight.n, at::get_num_threads()), 8);
+  const int64_t rows = std::min(kPanelRows, share);
+  const int64_t block = packed.wide ? kWideBlockUnits : kBlockUnits;
+  at::parallel_for(0, ceil_div(o.weight.n, rows), 1, [&](int64_t begin, int64_t end) {
+    const Scratch<float> panel(rows * (block + kRowPadding));
+    const Scratch<float> c(rows * std::min(packed.groups, kChunkGroups) * o.layer.lanes);
+    for (int64_t i = begin; i < end; ++i) {
+      multiply_panel(o, packed, i * rows, std::min((i + 1) * rows, o.weight.n), panel.get(), c.get());
+    }
+  });
+}
+
+at::Tensor linear_double(const at::Tensor& x, const NF4Matrix& weight, const at::Tensor& lora_a,
+                         const at::Tensor& lora_b, double scaling, const std::optional<at::Tensor>& bias) {
+  const at::Tensor rows = x.reshape({-1, weight.k}).to(at::kDouble);
+  at::Tensor out = at::mm(rows, dequantize(weight, at::kDouble).t());
+  out = at::addmm(out, at::mm(rows, lora_a.to(at::kDouble).t()), lora_b.to(at::kDouble).t(), 1, scaling);
+  return bias ? out + bias->to(at::kDouble) : out;
+}
+
+}  // namespace
+
+at::Tensor linear(const at::Tensor& x, const NF4Matrix& weight, const at::Tensor& lora_a, const at::Tensor& lora_b,
+                  double scaling, const std::optional<at::Tensor>& bias) {
+  const at::AutoDispatchBelowADInplaceOrView no_graph;
+  c10::SmallVector<int64_t, 8> shape(x.sizes().begin(), x.sizes().end());
+  shape.back() = weight.n;
+  const auto bias_type = bias ? bias->scalar_type() : at::kFloat;
+  if (any_double({x.scalar_type(), lora_a.scalar_type(), lora_b.scalar_type(), bias_type})) {
+    return linear_double(x, weight, lora_a, lora_b, scaling, bias).to(x.scalar_type()).view(shape);
+  }
+  const Layer layer = layer_for(x.scalar_type());
+  const int64_t tokens = x.numel() / std::max<int64_t>(1, weight.k);
+  at::Tensor out = at::empty(shape, x.options().dtype(layer.type).memory_format(at::MemoryFormat::Contiguous));
+  const auto ready = [&](const at::Tensor& tensor) { return tensor.to(layer.type).contiguous(); };
+  const at::Tensor rows = ready(x);
+  at::Tensor a = ready(lora_a), b = ready(lora_b), offset;
+  int64_t rank = a.size(0);
+  const bool few = tokens <= kFewTokens && weight.k % layer.few_multiple == 0;
+  // The steps of the product over the rank must be whole, also when they are wide.
+  if (const int64_t padded = round_up(rank, layer.wide ? 2 * layer.step : layer.step); !few && padded != rank) {
+    a = at::constant_pad_nd(a, {0, 0, 0, padded - rank});
+    b = at::constant_pad_nd(b, {0, padded - rank});
+    rank = padded;
+  }
+  if (bias) offset = bias->to(at::kFloat).contiguous();
+  const auto bytes = [](const at::Tensor& tensor) { return static_cast<const char*>(tensor.const_data_ptr()); };
+  const Operands operands{layer,
+                          weight,
+                          tokens,
+                          rank,
+                          bytes(rows),
+                          bytes(a),
+                          bytes(b),
+                          bias ? offset.const_data_ptr<float>() : nullptr,
+                          static_cast<float>(scaling),
+                          static_cast<char*>(out.mutable_data_ptr())};
+  if (tokens > 0 && weight.n > 0) few ? multiply_few_tokens(operands) : multiply_many_tokens(operands);
+  return out.to(x.scalar_type());
+}
+
+}  // namespace csikernels::cpu::nf4_lora

@@ -1,0 +1,63 @@
+// Multiply (see nf4_lora_kernel.h) for any vector; included by the instruction-set files inside their namespace.
+//
+// Unit says what one step is: load(p) one vector of steps, broadcast(p) one step to all lanes, and
+// multiply_add(w, x, sum). A tile keeps R x V sums in registers: per step V loads and R broadcasts for R * V
+// multiply-adds, so 8 x 3 stays well under the two loads a cycle that feed two multiply-adds. The groups' steps stay in
+// L1 while the rows of w, read once per V groups, stream from L2. A single group (V = 1) would be bound by its
+// broadcasts, one a multiply-add: up to two groups' worth of tokens therefore come `wide`, with steps twice as long
+// and half the tokens a group, which gives two groups again.
+#pragma once
+
+namespace {
+
+template <class Unit, int R, int V>
+CSIKERNELS_INLINE void product_tile(const Product& p, int64_t row, int64_t group) {
+  const float* w = static_cast<const float*>(p.w) + row * p.w_row;
+  const float* x = static_cast<const float*>(p.x) + group * p.x_group;
+  float* c = p.c + row * p.c_row + group * p.c_group;
+  const int64_t w_step = p.w_step, x_group = p.x_group, x_step = p.x_step;
+  const float* rows[R];
+  for (int r = 0; r < R; ++r) rows[r] = w + r * p.w_row;
+  F32 sum[R][V];
+  for (int r = 0; r < R; ++r) {
+    for (int v = 0; v < V; ++v) {
+      sum[r][v] = p.accumulate ? load(c + r * p.c_row + v * p.c_group) : broadcast(0.0f);
+    }
+  }
+  int64_t at = 0;
+  for (int64_t s = 0; s < p.steps; ++s) {
+    typename Unit::Vector xs[V];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) xs[v] = Unit::load(x + v * x_group);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const typename Unit::Vector ws = Unit::broadcast(rows[r] + at);
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) sum[r][v] = Unit::multiply_add(ws, xs[v], sum[r][v]);
+    }
+    at += w_step;
+    x += x_step;
+  }
+  for (int r = 0; r < R; ++r) {
+    for (int v = 0; v < V; ++v) store(c + r * p.c_row + v * p.c_group, sum[r][v]);
+  }
+}
+
+// Out of line: inlined, the shapes would share one register allocation, and the sums would be spilled.
+template <class Unit, int R, int V>
+__attribute__((noinline)) void product_rows(const Product& p, int64_t group) {
+  int64_t row = 0;
+  for (; row + R <= p.rows; row += R) product_tile<Unit, R, V>(p, row, group);
+  for (; row < p.rows; ++row) product_tile<Unit, 1, V>(p, row, group);
+}
+
+// Groups by threes, and the last four as two and two.
+template <class Unit, int R>
+void product(const Product& p) {
+  int64_t group = 0;
+  for (; p.groups - group == 3 || p.groups - group > 4; group += 3) product_rows<Unit, R, 3>(p, group);
+  for (; p.groups - group >= 2; group += 2) product_rows<Unit, R, 2>(p, group);
+  if (group < p.groups) product_rows<Unit, R, 1>(p, group);
+}
+
+}  // namespace
