@@ -13,14 +13,19 @@ import numpy as np
 import torch
 
 
-def _kind(value) -> str | None:
-    if isinstance(value, np.ndarray):
+@functools.cache  # a small op takes microseconds, of which looking at types should not be one
+def _kind_of_type(given: type) -> str | None:
+    if issubclass(given, np.ndarray):
         return "numpy"
-    if type(value).__module__.split(".")[0] == "cupy" and hasattr(value, "__dlpack__"):
+    if given.__module__.split(".")[0] == "cupy" and hasattr(given, "__dlpack__"):
         return "cupy"
-    if isinstance(value, torch.Tensor):
+    if issubclass(given, torch.Tensor):
         return "torch"
     return None
+
+
+def _kind(value) -> str | None:
+    return _kind_of_type(type(value))
 
 
 def to_tensor(value):
@@ -62,7 +67,7 @@ def accepts_arrays(function: Callable) -> Callable:
     def wrapper(*args, **kwargs):
         if torch.compiler.is_compiling():  # a traced graph holds tensors only, and inspecting types would break it
             return function(*args, **kwargs)
-        kinds = {kind for value in (*args, *kwargs.values()) if (kind := _kind(value)) is not None}
+        kinds = {_kind_of_type(type(value)) for value in (*args, *kwargs.values())} - {None}
         if kinds <= {"torch"}:
             return function(*args, **kwargs)
         if len(kinds) > 1:

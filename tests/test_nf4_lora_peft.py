@@ -97,7 +97,9 @@ def test_half_precision_input(backend):
     x = rows(dtype=torch.bfloat16)
     result = layer(x)
     assert result.dtype == torch.bfloat16
-    torch.testing.assert_close(result, layer(x.float()).bfloat16())
+    wanted = layer(x.float())
+    error = (result.float() - wanted).square().mean().sqrt()
+    assert error <= torch.finfo(torch.bfloat16).eps * wanted.square().mean().sqrt()
     torch.testing.assert_close(result, model(x), rtol=0.02, atol=0.1)
 
 

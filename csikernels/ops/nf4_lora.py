@@ -83,7 +83,9 @@ def _refuse_second_derivative(ctx, *grads):
     raise NotImplementedError("nf4_lora_linear has no second derivative")
 
 
-torch.library.register_autograd(f"csikernels::{LINEAR}", _differentiate, setup_context=_save)
+if not torch._C._dispatch_has_kernel_for_dispatch_key(f"csikernels::{LINEAR}", "Autograd"):
+    # The extension brings its own, in C++: at one token a formula in Python costs as much as the layer.
+    torch.library.register_autograd(f"csikernels::{LINEAR}", _differentiate, setup_context=_save)
 torch.library.register_autograd(f"csikernels::{BACKWARD}", _refuse_second_derivative)
 
 
@@ -127,9 +129,12 @@ def nf4_quantize(weight, block_size: int = 64) -> NF4Weight:
 def nf4_lora_linear(x, weight: NF4Weight, lora_a, lora_b, *, scaling: float = 1.0, bias=None):
     """Linear layer with a 4-bit weight and a low-rank adapter: ``x W^T + scaling (x A^T) B^T + bias``.
 
-    This is the adapted layer of the multi-task LLM (Zheng and Dai, eq. 28) on the quantised backbone of eq. 30. The
-    arithmetic is float32 or wider, and the result is rounded once to the dtype of ``x``. Gradients flow to ``x``,
-    ``lora_a``, ``lora_b`` and ``bias``; the 4-bit weight is constant. Under autocast ``x`` is cast as for ``F.linear``.
+    This is the adapted layer of the multi-task LLM (Zheng and Dai, eq. 28) on the quantised backbone of eq. 30. Sums
+    are float32 or wider, and the result is rounded once to the dtype of ``x``. A bfloat16 ``x`` is multiplied in
+    bfloat16 where the CPU can: the weight's elements (or levels), the adapter and ``x A^T`` are then rounded to
+    bfloat16 first, as ``F.linear`` rounds them; every other dtype is multiplied in float32, and where one of the
+    arguments is float64, in float64 by torch. Gradients flow to ``x``, ``lora_a``, ``lora_b`` and ``bias``, in float32
+    or wider; the 4-bit weight is constant. Under autocast ``x`` is cast as for ``F.linear``.
 
     Args:
         x: float16, bfloat16, float32 or float64 [..., K].
@@ -219,20 +224,27 @@ def _check_weight(weight) -> None:
 def check_linear(x, shape, device, lora_a, lora_b, scaling, bias) -> None:
     """Raise unless the arguments of :func:`nf4_lora_linear` fit a weight of ``shape`` (N, K) on ``device``."""
     n, k = shape
-    tensors = {"x": x, "lora_a": lora_a, "lora_b": lora_b} | ({} if bias is None else {"bias": bias})
-    for name, value in tensors.items():
-        if not isinstance(value, torch.Tensor) or value.dtype not in DTYPES:
-            given = value.dtype if isinstance(value, torch.Tensor) else type(value).__name__
-            raise TypeError(f"{name}: expected a float16, bfloat16, float32 or float64 tensor or array, got {given}")
-        if value.device != device:
-            raise ValueError(f"{name}: expected a tensor on {device}, where the weight is, got one on {value.device}")
-    if x.dim() < 1 or x.shape[-1] != k:
-        raise ValueError(f"x: expected [..., {k}] for a weight of shape ({n}, {k}), got {tuple(x.shape)}")
-    if lora_a.dim() != 2 or lora_a.shape[1] != k:
-        raise ValueError(f"lora_a: expected [r, {k}] for a weight of shape ({n}, {k}), got {tuple(lora_a.shape)}")
-    if lora_b.shape != (n, lora_a.shape[0]):
-        raise ValueError(f"lora_b: expected ({n}, {lora_a.shape[0]}), got {tuple(lora_b.shape)}")
+    _check_tensor("x", x, device)
+    _check_tensor("lora_a", lora_a, device)
+    _check_tensor("lora_b", lora_b, device)
+    if bias is not None:
+        _check_tensor("bias", bias, device)
+    x_shape, a_shape, b_shape = x.shape, lora_a.shape, lora_b.shape
+    if len(x_shape) < 1 or x_shape[-1] != k:
+        raise ValueError(f"x: expected [..., {k}] for a weight of shape ({n}, {k}), got {tuple(x_shape)}")
+    if len(a_shape) != 2 or a_shape[1] != k:
+        raise ValueError(f"lora_a: expected [r, {k}] for a weight of shape ({n}, {k}), got {tuple(a_shape)}")
+    if b_shape != (n, a_shape[0]):
+        raise ValueError(f"lora_b: expected ({n}, {a_shape[0]}), got {tuple(b_shape)}")
     if bias is not None and bias.shape != (n,):
         raise ValueError(f"bias: expected ({n},), got {tuple(bias.shape)}")
     if not isinstance(scaling, (int, float)) or not math.isfinite(scaling):
         raise ValueError(f"scaling: expected a finite number, got {scaling!r}")
+
+
+def _check_tensor(name: str, value, device: torch.device) -> None:
+    if not isinstance(value, torch.Tensor) or value.dtype not in DTYPES:
+        given = value.dtype if isinstance(value, torch.Tensor) else type(value).__name__
+        raise TypeError(f"{name}: expected a float16, bfloat16, float32 or float64 tensor or array, got {given}")
+    if value.device != device:
+        raise ValueError(f"{name}: expected a tensor on {device}, where the weight is, got one on {value.device}")
