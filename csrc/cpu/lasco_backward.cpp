@@ -195,10 +195,11 @@ class WeightGradients {
   void finish(int64_t slot) {
     const int64_t parts = plan_.parts[slot];
     if (parts == 1) return;
-    const float* from = parts_.const_data_ptr<float>() + first_part_[slot] * total_;
+    const float* from = parts == 0 ? nullptr : parts_.const_data_ptr<float>() + first_part_[slot] * total_;
     for (size_t i = 0; i < floats_.size(); ++i) {
       float* to = grads[i].mutable_data_ptr<float>() + slot * floats_[i];
       std::fill_n(to, floats_[i], 0.0f);
+      if (parts == 0) continue;
       for (int64_t part = 0; part < parts; ++part) {
         const float* own = from + part * total_;
         for (int64_t k = 0; k < floats_[i]; ++k) to[k] += own[k];

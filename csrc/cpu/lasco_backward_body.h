@@ -91,10 +91,9 @@ void train_forward(const TrainNetwork& network, const float* h, float* kept, int
   float *turned = scratch, *out = turned + padded16(z.features) * t, *x = out + padded16(z.features) * t,
         *sum = x + d * t, *v = sum + d * t, *hidden = v + d * t;
   turn(h, z.features, z.tokens, z.features, turned, t, t);
-  const float* in = x;  // the residual stream
-  if (!z.norm_first) in = kept + at.first;
-  multiply(rows_of(network.weights[0], z.features), turned, d, z.features, t,
-           WithRest{const_cast<float*>(in), t, network.position});
+  float* const start = z.norm_first ? x : kept + at.first;
+  multiply(rows_of(network.weights[0], z.features), turned, d, z.features, t, WithRest{start, t, network.position});
+  const float* in = start;  // the residual stream
   for (int64_t block = 0; block < z.layers; ++block) {
     const BlockWeights w = block_weights(network.weights, block);
     float* own = kept + (at.blocks + block * block_rows) * t;
