@@ -42,7 +42,7 @@ def compare(
             peak of main memory when ``peak`` is "dram", the operations with the peak of that kind otherwise.
         peak: "float32", "bfloat16", "int8" or "dram"; per name of ``ours`` where they differ.
         calls: calls per round, for what takes microseconds.
-        rounds: how often each implementation is timed; each timing follows an untimed call that warms the caches.
+        rounds: how often each implementation is timed; each timing follows as many untimed calls.
     """
     functions = {**ours, **peers}
     if len(functions) != len(ours) + len(peers):
@@ -52,10 +52,15 @@ def compare(
     first, *rest = functions
     seconds: dict[str, list[float]] = {name: [] for name in functions}
 
+    def warm(function: Callable[[], Any]) -> None:
+        # As often as it is timed: the thread pools of other libraries spin for a while after their last call.
+        for _ in range(calls):
+            function()
+        _wait()
+
     def timed(name: str) -> None:
         function = functions[name]
-        function()
-        _wait()
+        warm(function)
         start = time.perf_counter()
         for _ in range(calls):
             function()
@@ -66,8 +71,7 @@ def compare(
         shift = len(seconds[rest[0]]) % len(rest) if rest else 0
         for name in rest[shift:] + rest[:shift]:
             timed(name)
-        functions[first]()
-        _wait()
+        warm(functions[first])
 
     def target() -> None:
         start = time.perf_counter()

@@ -18,11 +18,11 @@ from csikernels import NF4Weight, loftq_init, nf4_lora_linear, nf4_quantize
 
 RANK = 16
 CASES = [  # tokens, N, K, calls per round, rounds
-    (1, 768, 3072, 30, 15),
-    (1, 1280, 5120, 20, 15),
-    (1, 4096, 4096, 8, 9),
-    (16, 4096, 4096, 4, 9),
-    (128, 1280, 5120, 2, 9),
+    (1, 768, 3072, 60, 15),
+    (1, 1280, 5120, 40, 15),
+    (1, 4096, 4096, 40, 9),
+    (16, 4096, 4096, 12, 9),
+    (128, 1280, 5120, 4, 9),
     (1024, 4096, 4096, 1, 5),
 ]
 Functions = dict[str, Callable[[], torch.Tensor]]

@@ -24,8 +24,8 @@ def _kind_of_type(given: type) -> str | None:
     return None
 
 
-def _kind(value) -> str | None:
-    return _kind_of_type(type(value))
+def _kind(value: object) -> str | None:
+    return _kind_of_type(type(value))  # type: ignore[arg-type]  # types are hashable; mypy does not see it
 
 
 def to_tensor(value):
@@ -67,7 +67,7 @@ def accepts_arrays(function: Callable) -> Callable:
     def wrapper(*args, **kwargs):
         if torch.compiler.is_compiling():  # a traced graph holds tensors only, and inspecting types would break it
             return function(*args, **kwargs)
-        kinds = {_kind_of_type(type(value)) for value in (*args, *kwargs.values())} - {None}
+        kinds = {kind for value in (*args, *kwargs.values()) if (kind := _kind(value)) is not None}
         if kinds <= {"torch"}:
             return function(*args, **kwargs)
         if len(kinds) > 1:

@@ -37,8 +37,8 @@ def test_every_round_runs_every_implementation_once_warm():
     compare(benchmark, "op, size", {"a": functions["a"]}, {name: functions[name] for name in "bc"},
             check=lambda name, result: None, calls=2, rounds=4)  # fmt: skip
     assert calls[:3] == ["a", "b", "c"]  # the check
-    rounds = ["".join(calls[3 + 9 * i : 12 + 9 * i]) for i in range(4)]
-    assert rounds == ["bbbcccaaa", "cccbbbaaa", "bbbcccaaa", "cccbbbaaa"]  # one warm call, then two timed ones
+    rounds = ["".join(calls[3 + 12 * i : 15 + 12 * i]) for i in range(4)]
+    assert rounds == ["bbbbccccaaaa", "ccccbbbbaaaa"] * 2  # two calls to warm, two timed
     assert benchmark.group == "op"
     assert benchmark.extra_info["ours"] == ["a"]
     assert set(benchmark.extra_info["seconds"]) == {"a", "b", "c"}

@@ -24,6 +24,12 @@ BACKWARD = _dispatch.define(
     " Tensor lora_b, float scaling, bool[4] output_mask) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 
+_linear = torch.ops.csikernels.nf4_lora_linear.default
+# Plain CPU tensors go straight to the compiled op, which checks them by itself: for one token, checks in Python would
+# take as long as the kernel.
+_COMPILED = _dispatch.has_compiled_kernel(LINEAR, "cpu")
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
 _dispatch.implement(QUANTIZE, "reference")(reference.quantize)
 _dispatch.implement(DEQUANTIZE, "reference")(reference.dequantize)
 _dispatch.implement(LINEAR, "reference")(reference.linear)
@@ -125,7 +131,6 @@ def nf4_quantize(weight, block_size: int = 64) -> NF4Weight:
     return NF4Weight(packed, absmax, weight.shape, block_size, weight.dtype)
 
 
-@accepts_arrays
 def nf4_lora_linear(x, weight: NF4Weight, lora_a, lora_b, *, scaling: float = 1.0, bias=None):
     """Linear layer with a 4-bit weight and a low-rank adapter: ``x W^T + scaling (x A^T) B^T + bias``.
 
@@ -150,12 +155,38 @@ def nf4_lora_linear(x, weight: NF4Weight, lora_a, lora_b, *, scaling: float = 1.
         TypeError: an argument has the wrong type or dtype.
         ValueError: shapes or devices do not fit, or ``scaling`` is not finite.
     """
+    if _COMPILED and _is_plain(x, weight, lora_a, lora_b, scaling, bias):
+        try:
+            return _linear(x, weight.packed, weight.absmax, weight.block_size, lora_a, lora_b, scaling, bias)
+        except (TypeError, ValueError):
+            pass  # said again below, in Python's words
+    return _nf4_lora_linear(x, weight, lora_a, lora_b, scaling=scaling, bias=bias)
+
+
+def _is_plain(x, weight, lora_a, lora_b, scaling, bias) -> bool:
+    """Whether the compiled op's own checks are enough; it does not know the weight's shape, only its size."""
+    return (
+        type(weight) is NF4Weight
+        and type(x) in _PLAIN
+        and type(lora_a) in _PLAIN
+        and type(lora_b) in _PLAIN
+        and type(scaling) is float
+        and math.isfinite(scaling)
+        and x.is_cpu
+        and weight.packed.is_cpu
+        and lora_a.is_cpu
+        and lora_b.is_cpu
+        and (bias is None or (type(bias) in _PLAIN and bias.is_cpu))
+        and (lora_b.shape[:1] + x.shape[-1:]) == weight.shape
+    )
+
+
+@accepts_arrays
+def _nf4_lora_linear(x, weight, lora_a, lora_b, *, scaling, bias):
     if not isinstance(weight, NF4Weight):
         raise TypeError(f"weight: expected an NF4Weight, got {type(weight).__name__}")
     check_linear(x, weight.shape, weight.device, lora_a, lora_b, scaling, bias)
-    return torch.ops.csikernels.nf4_lora_linear(
-        x, weight.packed, weight.absmax, weight.block_size, lora_a, lora_b, float(scaling), bias
-    )
+    return _linear(x, weight.packed, weight.absmax, weight.block_size, lora_a, lora_b, float(scaling), bias)
 
 
 @accepts_arrays
