@@ -174,18 +174,20 @@ void check_layer(const at::Tensor& x, const at::Tensor& lora_a, const at::Tensor
 at::Tensor linear_op(const at::Tensor& x, const at::Tensor& packed, const at::Tensor& absmax, int64_t block_size,
                      const at::Tensor& lora_a, const at::Tensor& lora_b, double scaling,
                      const std::optional<at::Tensor>& bias) {
-  if (!is_chosen(Backend::cpp)) {
-    return call_python<at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, int64_t, const at::Tensor&,
-                                  const at::Tensor&, double, const std::optional<at::Tensor>&)>(
-        "nf4_lora_linear", x, packed, absmax, block_size, lora_a, lora_b, scaling, bias);
-  }
+  // Checked also where the call is handed over: the public function leaves plain tensors to these checks.
   check_layer(x, lora_a, lora_b);
   const int64_t n = lora_b.size(0);
   if (bias) {
     check_floating(*bias, "bias");
     TORCH_CHECK_VALUE(bias->dim() == 1 && bias->size(0) == n, "bias: expected [", n, "], got ", bias->sizes());
   }
-  return linear(x, matrix(packed, absmax, n, x.size(-1), block_size), lora_a, lora_b, scaling, bias);
+  const NF4Matrix weight = matrix(packed, absmax, n, x.size(-1), block_size);
+  if (!is_chosen(Backend::cpp)) {
+    return call_python<at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, int64_t, const at::Tensor&,
+                                  const at::Tensor&, double, const std::optional<at::Tensor>&)>(
+        "nf4_lora_linear", x, packed, absmax, block_size, lora_a, lora_b, scaling, bias);
+  }
+  return linear(x, weight, lora_a, lora_b, scaling, bias);
 }
 
 // grad [..., N], the rest as in linear_op -> gradients of x, lora_a and lora_b in their types, of bias in float32 or
