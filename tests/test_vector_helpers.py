@@ -55,6 +55,18 @@ def test_error_in_ulp_over_all_exponents(name, capability):
     torch.testing.assert_close(actual[~finite], exact.float()[~finite], rtol=0, atol=0, equal_nan=True)
 
 
+def test_exp2_of_nonpositive(capability):
+    x = every_exponent()
+    x = x[torch.signbit(x)]
+    actual, exact = helper("exp2_of_nonpositive", x), torch.exp2(x.double())
+    number = ~torch.isnan(x)
+    assert ulps(actual[number], exact[number]).max() <= 1.5
+    assert torch.isnan(actual[~number]).all()
+    # Where equal elements are looked for, no argument near 0 may look different, and none above 1.
+    assert (actual[x > -(2.0**-25)] == 1).all() and actual[number].max() == 1
+    assert torch.equal(helper("exp2_of_nonpositive", -torch.arange(200.0)), torch.exp2(-torch.arange(200.0)))
+
+
 def test_special_values(capability):
     inf, nan = float("inf"), float("nan")
     x = torch.tensor([0.0, -0.0, inf, -inf, nan, 1.0, 2.0**-149])

@@ -29,6 +29,7 @@ bool round_trip(const float* x, int64_t n, float* out) {
 
 bool vector_helper(const char* name, const float* x, int64_t n, float* out) {
   if (same(name, "exp2")) return apply(x, n, out, [](F32 a) { return exp2(a); });
+  if (same(name, "exp2_of_nonpositive")) return apply(x, n, out, [](F32 a) { return exp2_of_nonpositive(a); });
   if (same(name, "exp")) return apply(x, n, out, [](F32 a) { return exp(a); });
   if (same(name, "log2")) return apply(x, n, out, [](F32 a) { return log2(a); });
   if (same(name, "erf")) return apply(x, n, out, [](F32 a) { return erf(a); });

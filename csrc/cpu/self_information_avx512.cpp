@@ -9,6 +9,68 @@ namespace csikernels::cpu::avx512 {
 
 namespace {
 
+// As strip_sums, without planes of terms, for neighbours at most a vector to the right: x of four corners makes all
+// terms between them, and the term of the pair that lies `across` to the left comes from the vector before.
+//   beside p   (p, p + across)           straight  (p, p + down)
+//   falling p  (p, p + down + across)    rising    (p + across, p + down)
+// Every element gets `below` from the pairs with the row below and its own, and `above` from the elements above it.
+void strip_sums_in_registers(const float* x, int64_t rows, const PaddedImage& layout, F32 coefficient, float* terms,
+                             int32_t* keys) {
+  const int64_t across = layout.pad_columns, down = layout.pad_rows * layout.stride, n = rows * layout.stride;
+  const int64_t width = layout.width, stride = layout.stride;
+  float* const given = terms + (down + 15) / 16 * 16;  // [-down, n): what p gives to p + down
+  float* const kept = given + (n + 31) / 16 * 16;      // [0, n)
+  const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i shift = _mm512_add_epi32(lanes, _mm512_set1_epi32(static_cast<int>(16 - across)));
+  const auto before = [&](F32 previous, F32 current) __attribute__((always_inline)) {
+    return F32{_mm512_permutex2var_ps(previous.v, shift, current.v)};
+  };
+  const auto term = [&](F32 a, F32 b) __attribute__((always_inline)) {
+    const F32 difference = a - b;
+    return exp2_of_nonpositive(difference * difference * coefficient);
+  };
+
+  // Above the strip. The first vectors have none before them: what stands `across` to the left is computed.
+  F32 falling = {}, falling_before = term(load(x - down - across), load(x));
+  for (int64_t p = -down; p < 0; p += 16) {
+    const F32 centre = load(x + p), below = load(x + p + down);
+    const F32 previous = falling;
+    falling = term(centre, load(x + p + down + across));
+    if (p > -down) falling_before = before(previous, falling);
+    store(given + p, (falling_before + term(load(x + p + across), below)) + term(centre, below));
+  }
+  F32 beside = {}, rising = {};
+  const F32 left = load(x - across), low_left = load(x + down - across);
+  F32 beside_before = term(left, load(x)), rising_before = term(load(x), low_left);
+  falling_before = term(left, load(x + down));
+  for (int64_t p = 0; p < n; p += 16) {
+    const F32 previous_beside = beside, previous_falling = falling, previous_rising = rising;
+    const F32 centre = load(x + p), right = load(x + p + across), below = load(x + p + down);
+    beside = term(centre, right), rising = term(right, below);
+    falling = term(centre, load(x + p + down + across));
+    const F32 straight = term(centre, below);
+    if (p > 0) {
+      beside_before = before(previous_beside, beside);
+      falling_before = before(previous_falling, falling);
+      rising_before = before(previous_rising, rising);
+    }
+    store(given + p, (falling_before + rising) + straight);
+    store(kept + p, ((beside + beside_before) + (falling + rising_before)) + straight);
+  }
+  for (int64_t i = 0; i < rows; ++i) {  // what a row writes too much, the next one overwrites
+    const float *const own = kept + i * stride, *const gifts = given + i * stride - down;
+    for (int64_t j = 0; j < width; j += 16) {
+      store_keys(keys + i * width + j, (IntLanes)(load(own + j) + load(gifts + j)).v);
+    }
+  }
+}
+
+void neighbour_sums_in_registers(const float* padded, const PaddedImage& layout, float coefficient, float* terms,
+                                 int32_t* keys) {
+  neighbour_sums_by_strips(padded, layout, coefficient, terms, keys,
+                           layout.pad_columns <= kVector ? strip_sums_in_registers : strip_sums);
+}
+
 void count(const int32_t* keys, int64_t n, const int32_t* thresholds, int64_t* counts) {
   __m512i threshold[kThresholds], at_most[kThresholds];
   const __m512i one = _mm512_set1_epi32(1);
@@ -61,14 +123,13 @@ CSIKERNELS_INLINE void order(__m512i& a, __m512i& b) {
 }
 
 // Comparisons of places 8, 4, 2 and 1 apart.
+template <int kApart = 8>
 CSIKERNELS_INLINE void merge_within_lanes(__m512i* r) {
-#pragma GCC unroll 4
-  for (int step = 8; step > 0; step /= 2) {
 #pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i) {
-      if ((i & step) == 0) order(r[i], r[i + step]);
-    }
+  for (int i = 0; i < 16; ++i) {
+    if ((i & kApart) == 0) order(r[i], r[i + kApart]);
   }
+  if constexpr (kApart > 1) merge_within_lanes<kApart / 2>(r);
 }
 
 // Each lane compares with lane ^ kFlip; lanes with a bit of kUpper keep the larger.
@@ -104,21 +165,24 @@ CSIKERNELS_INLINE void merge_runs(__m512i* r) {
   }
 }
 
-CSIKERNELS_INLINE void sort_within_lanes(__m512i* r) {
-  // Batcher's odd-even merge sort of 16: 63 comparisons
-#pragma GCC unroll 4
-  for (int p = 1; p < 16; p *= 2) {
-#pragma GCC unroll 4
-    for (int k = p; k > 0; k /= 2) {
+// Compares i with i + kApart where both lie in the same block of 2 kRun, from kApart % kRun on in steps of 2 kApart.
+// (Parameters of the template, since the compiler unrolls no loop that halves or doubles its counter.)
+template <int kRun, int kApart>
+CSIKERNELS_INLINE void merge_odd_even(__m512i* r) {
 #pragma GCC unroll 16
-      for (int i = 0; i < 16; ++i) {
-        // compare i with i + k where both lie in the same block of 2 p, from k % p on in steps of 2 k
-        if (i >= k % p && ((i - k % p) / k) % 2 == 0 && i + k < 16 && i / (2 * p) == (i + k) / (2 * p)) {
-          order(r[i], r[i + k]);
-        }
-      }
-    }
+  for (int i = kApart % kRun; i + kApart < 16; ++i) {
+    if ((i - kApart % kRun) / kApart % 2 == 0 && i / (2 * kRun) == (i + kApart) / (2 * kRun))
+      order(r[i], r[i + kApart]);
   }
+  if constexpr (kApart > 1) merge_odd_even<kRun, kApart / 2>(r);
+}
+
+// Batcher's odd-even merge sort of 16: 63 comparisons.
+CSIKERNELS_INLINE void sort_within_lanes(__m512i* r) {
+  merge_odd_even<1, 1>(r);
+  merge_odd_even<2, 2>(r);
+  merge_odd_even<4, 4>(r);
+  merge_odd_even<8, 8>(r);
 }
 
 CSIKERNELS_INLINE void sort_network(__m512i* r) {
@@ -168,18 +232,24 @@ void sort(const int32_t* keys, const int32_t* positions, int64_t count, int32_t*
   uint32_t words[16][16];  // [register][lane]
 #pragma GCC unroll 16
   for (int i = 0; i < 16; ++i) _mm512_storeu_si512(words[i], r[i]);
-  for (int64_t i = 0; i < count; ++i) {
-    const uint32_t from = words[i % 16][i / 16] & 0xFF;
-    sorted_keys[i] = keys[from];
-    sorted_positions[i] = positions[from];
+  const auto look_up = [&](int64_t lane, int64_t k) __attribute__((always_inline)) {
+    const uint32_t from = words[k][lane] & 0xFF;
+    sorted_keys[16 * lane + k] = keys[from];
+    sorted_positions[16 * lane + k] = positions[from];
+  };
+  const int64_t whole = count / 16;
+  for (int64_t lane = 0; lane < whole; ++lane) {
+#pragma GCC unroll 16
+    for (int64_t k = 0; k < 16; ++k) look_up(lane, k);
   }
+  for (int64_t k = 0; k < count % 16; ++k) look_up(whole, k);
 }
 
 }  // namespace
 
 const InformationKernels information_kernels = {
     .pad = pad,
-    .neighbour_sums = neighbour_sums,
+    .neighbour_sums = neighbour_sums_in_registers,
     .information = information,
     .exact_sums_of_floats = exact_sums_of_floats,
     .exact_sums_of_doubles = exact_sums_of_doubles,

@@ -16,21 +16,25 @@ CSIKERNELS_INLINE void store_keys(int32_t* p, IntLanes keys) { __builtin_memcpy(
 float pad(const float* image, const PaddedImage& layout, float scale, float* padded) {
   const F32 factor = broadcast(scale);
   IntLanes largest = {};  // bits of magnitudes: as integers, NaN is above infinity
+  const auto add = [&](F32 x) __attribute__((always_inline)) {
+    const IntLanes bits = (IntLanes)abs(x).v;
+    largest = bits > largest ? bits : largest;
+  };
+  const int64_t height = layout.height, stride = layout.stride, width = layout.width, whole = width / kVector * kVector;
+  const int rest = static_cast<int>(width - whole);
   for (int64_t c = 0; c < layout.channels; ++c) {
-    for (int64_t i = 0; i < layout.height; ++i) {
-      float* row = padded + layout.origin + c * layout.plane + i * layout.stride;
-      for (int64_t j = 0; j < layout.width; j += kVector) {
-        const int rest = layout.width - j < kVector ? static_cast<int>(layout.width - j) : static_cast<int>(kVector);
-        const F32 x = (rest == kVector ? load(image + j) : load_first(image + j, rest)) * factor;
-        if (rest == kVector) {
-          store(row + j, x);
-        } else {
-          store_first(row + j, x, rest);
-        }
-        const IntLanes bits = (IntLanes)abs(x).v;
-        largest = bits > largest ? bits : largest;
+    float* row = padded + layout.origin + c * layout.plane;
+    for (int64_t i = 0; i < height; ++i, row += stride, image += width) {
+      for (int64_t j = 0; j < whole; j += kVector) {
+        const F32 x = load(image + j) * factor;
+        store(row + j, x);
+        add(x);
       }
-      image += layout.width;
+      if (rest > 0) {
+        const F32 x = load_first(image + whole, rest) * factor;
+        store_first(row + whole, x, rest);
+        add(x);
+      }
     }
   }
   int32_t all = 0;
@@ -43,7 +47,7 @@ float pad(const float* image, const PaddedImage& layout, float scale, float* pad
 // exp(-(a - b)^2 / (2 b^2)) for the vector at p and the one `shift` after it
 CSIKERNELS_INLINE F32 term(const float* p, int64_t shift, F32 coefficient) {
   const F32 difference = load(p) - load(p + shift);
-  return exp2(difference * difference * coefficient);
+  return exp2_of_nonpositive(difference * difference * coefficient);
 }
 
 // S of `rows` rows of one channel from x on, one of each pair's two elements computing the pair's term for both.
@@ -87,15 +91,21 @@ void strip_sums(const float* x, int64_t rows, const PaddedImage& layout, F32 coe
   }
 }
 
-void neighbour_sums(const float* padded, const PaddedImage& layout, float coefficient, float* terms, int32_t* keys) {
+CSIKERNELS_INLINE void neighbour_sums_by_strips(const float* padded, const PaddedImage& layout, float coefficient,
+                                                float* terms, int32_t* keys, decltype(strip_sums)* sums_of_strip) {
   const int64_t strip = strip_rows(layout);
   for (int64_t c = 0; c < layout.channels; ++c) {
     for (int64_t i = 0; i < layout.height; i += strip) {
       const int64_t rows = layout.height - i < strip ? layout.height - i : strip;
-      strip_sums(padded + layout.origin + c * layout.plane + i * layout.stride, rows, layout, broadcast(coefficient),
-                 terms, keys + (c * layout.height + i) * layout.width);
+      sums_of_strip(padded + layout.origin + c * layout.plane + i * layout.stride, rows, layout, broadcast(coefficient),
+                    terms, keys + (c * layout.height + i) * layout.width);
     }
   }
+}
+
+[[maybe_unused]] void neighbour_sums(const float* padded, const PaddedImage& layout, float coefficient, float* terms,
+                                     int32_t* keys) {
+  neighbour_sums_by_strips(padded, layout, coefficient, terms, keys, strip_sums);
 }
 
 void information(const int32_t* keys, int64_t n, float centres, float log2_norm, float* bits) {

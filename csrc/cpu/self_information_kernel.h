@@ -97,10 +97,10 @@ constexpr int64_t kNetwork = 256;
 
 // How far apart two float32 sums S must be for their order to be that of the true sums. With u = 2^-24, the terms'
 // arguments t_k are right to 5u relative (difference, square, product, coefficient), exp2 to 2.5u and the sum of eight
-// to 3u, so S is right to u (5.5 S + 5 sum_k t_k exp(-t_k)); that last sum is at most 8 - S, and at most S ln(8 / S).
+// to 4u, so S is right to u (6.5 S + 5 sum_k t_k exp(-t_k)); that last sum is at most 8 - S, and at most S ln(8 / S).
 // Twice this, and a tenth more:
 //   margin = kMarginOfSum S + kMarginOfSpread min(8 - S, ln2 S binades),  2^-binades <= S / 8
-constexpr float kMarginOfSum = 12.5f / 16777216, kMarginOfSpread = 11.0f / 16777216, kLn2 = 0.6932f;
+constexpr float kMarginOfSum = 14.5f / 16777216, kMarginOfSpread = 11.0f / 16777216, kLn2 = 0.6932f;
 constexpr int32_t kBinadeOfEight = 127 + 3;
 // Below this S nothing is certain: terms underflow.
 constexpr int32_t kSmallestCertain = (127 - 64) << 23;

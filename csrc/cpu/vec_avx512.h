@@ -38,7 +38,12 @@ inline FloatLanes lanes_round(FloatLanes a) {
   return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 
-inline FloatLanes lanes_scale(FloatLanes a, FloatLanes n) { return _mm512_scalef_ps(a, n); }
+inline FloatLanes lanes_scale(FloatLanes a, FloatLanes n) { return _mm512_scalef_ps(a, n); }  // 2^floor(n) a, any n
+
+#define CSIKERNELS_FRACTION  // one instruction gives a - floor(a)
+inline FloatLanes lanes_fraction(FloatLanes a) {
+  return _mm512_reduce_ps(a, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+}
 
 inline __mmask16 first_lanes(int n) { return n >= kLanes ? 0xFFFF : static_cast<__mmask16>((1u << n) - 1); }
 inline FloatLanes lanes_load_first(const float* p, int n) { return _mm512_maskz_loadu_ps(first_lanes(n), p); }
