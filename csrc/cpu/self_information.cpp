@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "check.h"
+#include "cpu/parallel.h"
 #include "cpu/self_information_select.h"
 #include "dispatch.h"
 
@@ -59,11 +60,13 @@ ValuesAndIndices rank_rows(int64_t rows, int64_t n, int64_t m, const at::Tensor&
   const auto* sources = static_cast<const char*>(from.const_data_ptr());
   auto* out = static_cast<char*>(values.mutable_data_ptr());
   auto* positions = indices.mutable_data_ptr<int64_t>();
-  at::parallel_for(0, rows, rows_per_thread(n), [&](int64_t begin, int64_t end) {
+  parallel_pieces(rows, rows_per_thread(n), rows_per_thread(n), [&](Pieces& pieces) {
     auto worker = make();
-    for (int64_t row = begin; row < end; ++row) {
-      worker(row, positions + row * m);
-      gather_row(sources + row * n * element, positions + row * m, m, element, out + row * m * element);
+    for (int64_t begin, end; pieces.next(begin, end);) {
+      for (int64_t row = begin; row < end; ++row) {
+        worker(row, positions + row * m);
+        gather_row(sources + row * n * element, positions + row * m, m, element, out + row * m * element);
+      }
     }
   });
   return {values, indices};

@@ -15,9 +15,9 @@
 //
 // One sample of [2, 32, 32], radius 3, m = 221: reads 8 KB, writes m * 12 bytes; 4 * 1.2 * 2,048 exponentials of 16
 // operations and 8 additions an element. Floor on the bench machine's AVX-512 with two multiply-adds a cycle, each
-// exponential needing eight: 0.6 us a sample and thread for the sums, 1.1 us with selection and sort. Measured: 2.3 us
-// (padding 0.15, sums 1.3, threshold and compress 0.35, sort 0.45), which is half of that floor; 3.7 us for 90% zeros,
-// where tied elements are settled in float64; AVX2 7.3 us, scalar 17.8 us.
+// exponential needing eight: 0.6 us a sample and thread for the sums, 1.1 us with selection and sort. Measured: 1.7 us
+// (padding 0.1, sums 1.1, threshold and compress 0.3, sort 0.2), which is 65% of that floor; for 90% zeros, where tied
+// elements are settled in float64, about twice as long.
 #pragma once
 
 #include <cstdint>

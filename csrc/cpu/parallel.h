@@ -1,0 +1,40 @@
+// Dividing rows among torch's threads as they become free.
+#pragma once
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <atomic>
+
+namespace csikernels::cpu {
+
+// Hands out [0, count) in pieces; safe to call from many threads.
+class Pieces {
+ public:
+  Pieces(int64_t count, int64_t piece) : count_(count), piece_(piece) {}
+
+  // The next piece in begin..end; false when none is left.
+  bool next(int64_t& begin, int64_t& end) {
+    begin = taken_.fetch_add(piece_, std::memory_order_relaxed);
+    end = std::min(begin + piece_, count_);
+    return begin < count_;
+  }
+
+ private:
+  const int64_t count_, piece_;
+  std::atomic<int64_t> taken_{0};
+};
+
+// Calls work(pieces) once on each of torch's threads, or on fewer where one would get less than `grain`; each asks for
+// pieces until none is left. Halves fixed beforehand would wait for the thread that wakes last or is interrupted.
+template <class Work>
+void parallel_pieces(int64_t count, int64_t piece, int64_t grain, const Work& work) {
+  const int64_t threads = std::clamp<int64_t>(count / std::max<int64_t>(1, grain), 1, at::get_num_threads());
+  Pieces pieces(count, piece);
+  if (threads == 1) return work(pieces);
+  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t thread = begin; thread < end; ++thread) work(pieces);
+  });
+}
+
+}  // namespace csikernels::cpu
