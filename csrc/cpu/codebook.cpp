@@ -1,11 +1,9 @@
 // csikernels::codebook_search on the CPU: checks, the division of the work among threads, registration.
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cstring>
 #include <limits>
 #include <optional>
@@ -15,6 +13,7 @@
 #include "cpu/capability.h"
 #include "cpu/codebook_layout.h"
 #include "cpu/codebook_search.h"
+#include "cpu/parallel.h"
 #include "dispatch.h"
 
 namespace csikernels::cpu {
@@ -72,15 +71,8 @@ struct Share {
 // Runs task(0) .. task(count - 1), each on whichever thread is free.
 template <class Task>
 void run_tasks(int64_t count, int64_t threads, const Task& task) {
-  if (threads <= 1 || count <= 1) {
-    for (int64_t i = 0; i < count; ++i) task(i);
-    return;
-  }
-  std::atomic<int64_t> next{0};
-  at::parallel_for(0, std::min(count, threads), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t thread = begin; thread < end; ++thread) {
-      for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) task(i);
-    }
+  parallel_pieces(count, 1, std::min(count, threads), [&](Pieces& pieces) {
+    for (int64_t i, end; pieces.next(i, end);) task(i);
   });
 }
 
@@ -153,7 +145,7 @@ void divide_words(const Call& call, const std::vector<Share>& shares, int64_t th
 template <class Mode>
 void divide(const Call& call, const std::vector<Share>& shares, int64_t n) {
   const int64_t products = n * call.header.words * call.header.components / 2;
-  const int64_t threads = std::clamp<int64_t>(products / kProductsPerThread, 1, at::get_num_threads());
+  const int64_t threads = useful_threads(products, kProductsPerThread);
   const int64_t group = call.kernels.group, groups = (n + group - 1) / group;
   if (threads > 1 && groups < kGroupsPerThread * threads) return divide_words<Mode>(call, shares, threads);
   const int64_t fair = (groups + threads - 1) / threads * group;

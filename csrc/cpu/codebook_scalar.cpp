@@ -4,10 +4,6 @@
 
 #include "cpu/vec_scalar.h"
 
-#if defined(__SSE2__)
-#include <emmintrin.h>
-#endif
-
 namespace csikernels::cpu::scalar {
 namespace {
 
@@ -33,16 +29,8 @@ CSIKERNELS_INLINE Query load_query(const int8_t* p) {
   return {pair(p[0], p[2]), pair(p[1], p[3])};
 }
 
-CSIKERNELS_INLINE IntLanes multiply_pairs(IntLanes a, IntLanes b) {
-#if defined(__SSE2__)
-  return (IntLanes)_mm_madd_epi16((__m128i)a, (__m128i)b);
-#else
-  return ((a << 16) >> 16) * ((b << 16) >> 16) + (a >> 16) * (b >> 16);
-#endif
-}
-
 CSIKERNELS_INLINE IntLanes dot4(IntLanes sum, Words w, Query q) {
-  return sum + multiply_pairs(w.even, q.even) + multiply_pairs(w.odd, q.odd);
+  return sum + lanes_multiply_add_16(w.even, q.even) + lanes_multiply_add_16(w.odd, q.odd);
 }
 
 CSIKERNELS_INLINE unsigned at_least(F32 a, F32 b) {

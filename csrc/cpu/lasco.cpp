@@ -8,7 +8,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <new>
 #include <numeric>
 #include <string_view>
 #include <tuple>
@@ -18,6 +17,7 @@
 #include "check.h"
 #include "cpu/capability.h"
 #include "cpu/lasco_kernel.h"
+#include "cpu/scratch.h"
 #include "dispatch.h"
 
 namespace csikernels::cpu {
@@ -131,23 +131,9 @@ struct Batch {
   const SamCorrect correct = correct_kernel();
 };
 
-// Memory of one thread, aligned to cache lines.
-class Workspace {
- public:
-  explicit Workspace(int64_t bytes) : bytes_(bytes), data_(::operator new(bytes, std::align_val_t(64))) {}
-  ~Workspace() { ::operator delete(data_, bytes_, std::align_val_t(64)); }
-  Workspace(const Workspace&) = delete;
-  Workspace& operator=(const Workspace&) = delete;
-  void* data() const { return data_; }
-
- private:
-  int64_t bytes_;
-  void* data_;
-};
-
 // Samples order[begin..end) from start to end. shift_of(sample, turn) is where its shift goes.
 template <class ShiftOf>
-void run_samples(const Batch& batch, int64_t begin, int64_t end, const Workspace& workspace, const ShiftOf& shift_of) {
+void run_samples(const Batch& batch, int64_t begin, int64_t end, void* workspace, const ShiftOf& shift_of) {
   const int64_t count = batch.sizes.weights();
   std::vector<const void*> lists((kTurn + 2) * count);  // of a turn's proxies, the next turn's first, the reference
   const void** const reference = lists.data() + (kTurn + 1) * count;
@@ -161,14 +147,14 @@ void run_samples(const Batch& batch, int64_t begin, int64_t end, const Workspace
       const int64_t sample = batch.order[first + i];
       const void** own = lists.data() + i * count;
       batch.forward(batch.sizes, own, i + 1 < turn ? own + count : reference, batch.h + sample * batch.values,
-                    batch.output + sample * batch.values, workspace.data());
+                    batch.output + sample * batch.values, workspace);
     }
     for (int64_t i = 0; i < turn; ++i) {
       const int64_t sample = batch.order[first + i];
       const bool proxy_next = i + 1 == turn && first + turn < end;
       float* shift = shift_of(sample, i);
       batch.forward(batch.sizes, reference, proxy_next ? lists.data() + turn * count : reference,
-                    batch.h + sample * batch.values, shift, workspace.data());
+                    batch.h + sample * batch.values, shift, workspace);
       batch.correct(batch.output + sample * batch.values, batch.base + sample * batch.values, shift,
                     batch.alpha[batch.slot[sample]], batch.values);
     }
@@ -179,14 +165,14 @@ void run_samples(const Batch& batch, int64_t begin, int64_t end, const Workspace
 void run_networks(const Batch& batch, int64_t grain, float* shift) {
   const int64_t samples = static_cast<int64_t>(batch.order.size()), count = batch.sizes.weights();
   at::parallel_for(0, 2 * samples, 2 * grain - 1, [&](int64_t begin, int64_t end) {
-    const Workspace workspace(sam_workspace(batch.sizes));
+    const Scratch<char> workspace(sam_workspace(batch.sizes));
     std::vector<const void*> list(count);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t sample = task % samples;
       const bool proxy = task < samples;
       proxy ? batch.proxies.point(batch.slot[sample], list.data()) : batch.reference.point(0, list.data());
       batch.forward(batch.sizes, list.data(), list.data(), batch.h + sample * batch.values,
-                    (proxy ? batch.output : shift) + sample * batch.values, workspace.data());
+                    (proxy ? batch.output : shift) + sample * batch.values, workspace.get());
     }
   });
   for (int64_t sample = 0; sample < samples; ++sample) {
@@ -202,9 +188,9 @@ void run(const Batch& batch, float* shift) {
   at::parallel_for(0, samples, grain, [&](int64_t begin, int64_t end) {
     const int64_t own = shift == nullptr ? kTurn * batch.values : 0;
     const int64_t bytes = (sam_workspace(batch.sizes) + 63) / 64 * 64;
-    const Workspace workspace(bytes + own * static_cast<int64_t>(sizeof(float)));
-    float* turns = reinterpret_cast<float*>(static_cast<char*>(workspace.data()) + bytes);
-    run_samples(batch, begin, end, workspace, [&](int64_t sample, int64_t turn) {
+    const Scratch<char> workspace(bytes + own * static_cast<int64_t>(sizeof(float)));
+    float* turns = reinterpret_cast<float*>(workspace.get() + bytes);
+    run_samples(batch, begin, end, workspace.get(), [&](int64_t sample, int64_t turn) {
       return shift != nullptr ? shift + sample * batch.values : turns + turn * batch.values;
     });
   });

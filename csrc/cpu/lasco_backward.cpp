@@ -32,7 +32,7 @@ int64_t backward_samples(int64_t batch) {
 struct BackwardScratch {
   const TrainShape& z;
   int64_t kept_floats, sample;
-  Scratch scratch, position, forward, kept, y, grad, sums;
+  Scratch<float> scratch, position, forward, kept, y, grad, sums;
   std::vector<float*> sum;
 
   BackwardScratch(const TrainShape& shape, bool recompute, bool through_reference, bool weights)

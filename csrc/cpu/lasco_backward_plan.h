@@ -3,12 +3,11 @@
 
 #include <ATen/core/Tensor.h>
 
-#include <memory>
-#include <new>
 #include <string_view>
 #include <vector>
 
 #include "cpu/lasco_backward_kernel.h"
+#include "cpu/scratch.h"
 
 namespace csikernels::cpu {
 
@@ -20,19 +19,6 @@ struct TrainKernels {
 
 // For the capability in force.
 TrainKernels train_kernels();
-
-// Floats on a cache line's boundary, not initialised.
-class Scratch {
- public:
-  explicit Scratch(int64_t floats) : memory_(new (std::align_val_t(64)) float[floats]) {}
-  float* get() const { return memory_.get(); }
-
- private:
-  struct Free {
-    void operator()(float* p) const { ::operator delete[](p, std::align_val_t(64)); }
-  };
-  std::unique_ptr<float[], Free> memory_;
-};
 
 struct Hyper {
   int64_t heads;

@@ -77,7 +77,7 @@ ForwardResult lasco_training_forward(const at::Tensor& h_in, const at::Tensor& b
   float* keeps = keep ? kept.mutable_data_ptr<float>() : nullptr;
   const TrainKernels run = train_kernels();
   at::parallel_for(0, static_cast<int64_t>(plan.tasks.size()), plan.grain, [&](int64_t first, int64_t last) {
-    const Scratch scratch(forward_scratch_floats(z)), dropped(kept_floats), position(z.width * t), y(sample);
+    const Scratch<float> scratch(forward_scratch_floats(z)), dropped(kept_floats), position(z.width * t), y(sample);
     for (int64_t i = first; i < last; ++i) {
       const Task& task = plan.tasks[i];
       const TrainNetwork proxy = own.get(task.slot, position.get());

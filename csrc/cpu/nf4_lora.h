@@ -6,12 +6,11 @@
 #include <array>
 #include <cstdint>
 #include <initializer_list>
-#include <memory>
-#include <new>
 #include <optional>
 #include <tuple>
 
 #include "cpu/nf4_lora_kernel.h"
+#include "cpu/scratch.h"
 
 namespace csikernels::cpu::nf4_lora {
 
@@ -45,21 +44,6 @@ struct Layer {
 Layer float_layer();
 // The layer for elements of x's type: bfloat16 where the capability has it, float32 for everything else.
 Layer layer_for(at::ScalarType x);
-
-// Memory for intermediate values, aligned for whole vectors and not initialised.
-template <class T>
-class Scratch {
- public:
-  explicit Scratch(int64_t count) : data_(static_cast<T*>(::operator new(sizeof(T) * (count + 1), kAlign))) {}
-  T* get() const { return data_.get(); }
-
- private:
-  static constexpr std::align_val_t kAlign{64};
-  struct Delete {
-    void operator()(T* data) const { ::operator delete(data, kAlign); }
-  };
-  std::unique_ptr<T, Delete> data_;
-};
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }

@@ -25,13 +25,17 @@ class Pieces {
   std::atomic<int64_t> taken_{0};
 };
 
-// Calls work(pieces) once on each of torch's threads, or on fewer where one would get less than `grain`; each asks for
-// pieces until none is left. Halves fixed beforehand would wait for the thread that wakes last or is interrupted.
+// torch's threads, or fewer where one would get less than `grain` of `count`.
+inline int64_t useful_threads(int64_t count, int64_t grain) {
+  return std::clamp<int64_t>(count / std::max<int64_t>(1, grain), 1, at::get_num_threads());
+}
+
+// Calls work(pieces) once on each of `threads`, which asks for pieces of [0, count) until none is left. Halves fixed
+// beforehand would wait for the thread that wakes last or is interrupted.
 template <class Work>
-void parallel_pieces(int64_t count, int64_t piece, int64_t grain, const Work& work) {
-  const int64_t threads = std::clamp<int64_t>(count / std::max<int64_t>(1, grain), 1, at::get_num_threads());
+void parallel_pieces(int64_t count, int64_t piece, int64_t threads, const Work& work) {
   Pieces pieces(count, piece);
-  if (threads == 1) return work(pieces);
+  if (threads <= 1) return work(pieces);
   at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t thread = begin; thread < end; ++thread) work(pieces);
   });

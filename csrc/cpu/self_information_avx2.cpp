@@ -48,18 +48,7 @@ int64_t keep(const int32_t* keys, int64_t n, int32_t low, int32_t high, int32_t*
 
 }  // namespace
 
-const InformationKernels information_kernels = {
-    .pad = pad,
-    .neighbour_sums = neighbour_sums,
-    .information = information,
-    .exact_sums_of_floats = exact_sums_of_floats,
-    .exact_sums_of_doubles = exact_sums_of_doubles,
-    .descending_keys = descending_keys,
-    .count = count,
-    .keep = keep,
-    .sort = nullptr,
-    .certain = certain,
-};
+const InformationKernels information_kernels = with_own(neighbour_sums, count, keep, nullptr);
 
 }  // namespace csikernels::cpu::avx2
 #endif

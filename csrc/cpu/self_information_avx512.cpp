@@ -247,18 +247,7 @@ void sort(const int32_t* keys, const int32_t* positions, int64_t count, int32_t*
 
 }  // namespace
 
-const InformationKernels information_kernels = {
-    .pad = pad,
-    .neighbour_sums = neighbour_sums_in_registers,
-    .information = information,
-    .exact_sums_of_floats = exact_sums_of_floats,
-    .exact_sums_of_doubles = exact_sums_of_doubles,
-    .descending_keys = descending_keys,
-    .count = count,
-    .keep = keep,
-    .sort = sort,
-    .certain = certain,
-};
+const InformationKernels information_kernels = with_own(neighbour_sums_in_registers, count, keep, sort);
 
 }  // namespace csikernels::cpu::avx512
 #endif

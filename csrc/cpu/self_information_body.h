@@ -214,4 +214,23 @@ void exact_sums_of_doubles(const double* padded, const int64_t* positions, int64
   exact_sums(padded, positions, count, terms, scratch, nearest, total);
 }
 
+// The table of an instruction set: these, and what each has of its own. `sort` may be missing.
+constexpr InformationKernels with_own(decltype(InformationKernels::neighbour_sums) own_sums,
+                                      decltype(InformationKernels::count) count,
+                                      decltype(InformationKernels::keep) keep,
+                                      decltype(InformationKernels::sort) sort) {
+  return {
+      .pad = pad,
+      .neighbour_sums = own_sums,
+      .information = information,
+      .exact_sums_of_floats = exact_sums_of_floats,
+      .exact_sums_of_doubles = exact_sums_of_doubles,
+      .descending_keys = descending_keys,
+      .count = count,
+      .keep = keep,
+      .sort = sort,
+      .certain = certain,
+  };
+}
+
 }  // namespace

@@ -3,30 +3,14 @@
 
 #include <compare>
 #include <cstdint>
-#include <memory>
-#include <new>
 #include <vector>
 
+#include "cpu/scratch.h"
 #include "cpu/self_information_kernel.h"
 
 namespace csikernels::cpu {
 
 const InformationKernels& information_kernels();  // of the capability in force
-
-// Uninitialised memory on a cache line's boundary.
-template <class T>
-class Buffer {
- public:
-  explicit Buffer(int64_t size) : data_(static_cast<T*>(::operator new(size * sizeof(T), kAlignment))) {}
-  T* get() const { return data_.get(); }
-
- private:
-  static constexpr std::align_val_t kAlignment{64};
-  struct Release {
-    void operator()(T* data) const { ::operator delete(data, kAlignment); }
-  };
-  std::unique_ptr<T, Release> data_;
-};
 
 // Elements of a buffer for n numbers that whole vectors may touch.
 inline int64_t with_slack(int64_t n) { return (n + kSlack + 15) / 16 * 16; }
@@ -70,7 +54,7 @@ class Ranking {
   double guess_ = 0, keys_per_element_ = 0;
   bool guessed_ = false;
   int32_t* keys_;
-  Buffer<int32_t> memory_;
+  Scratch<int32_t> memory_;
 };
 
 struct Candidate {

@@ -54,8 +54,8 @@ class Informer {
 
   const Neighbourhood& hood_;
   Ranking ranking_;
-  Buffer<float> padded_;
-  Buffer<float> terms_;
+  Scratch<float> padded_;
+  Scratch<float> terms_;
   // For what needs float64, empty until then.
   std::vector<double> padded_exactly_, scratch_, nearest_, total_, log_sums_;
   std::vector<int64_t> exact_positions_;

@@ -6,37 +6,9 @@
 #include "cpu/vec_avx512.h"
 
 namespace csikernels::cpu::avx512_vnni {
-namespace {
-
-typedef int16_t WordLanes __attribute__((vector_size(4 * kLanes)));
-
-inline IntLanes multiply_add_16(IntLanes a, IntLanes b) { return (IntLanes)_mm512_madd_epi16((__m512i)a, (__m512i)b); }
-
-inline void narrow(uint16_t* out, F32 a) { store_bf16(out, a); }
-
-}  // namespace
-
 #include "cpu/transformer_dots.h"
 
-namespace {
-
-struct Int8Dot {
-  using Element = uint8_t;
-  using Sum = int32_t;
-  static constexpr int group = 4;
-  static constexpr int rows = 13;
-  using Operand = __m512i;
-  using Accumulator = __m512i;
-
-  static CSIKERNELS_INLINE __m512i zero() { return _mm512_setzero_si512(); }
-  static CSIKERNELS_INLINE __m512i columns(const uint8_t* b) { return _mm512_loadu_si512(b); }
-  static CSIKERNELS_INLINE __m512i row(const uint8_t* a) { return (__m512i)broadcast_bits(a); }
-  static CSIKERNELS_INLINE __m512i add(__m512i sum, __m512i a, __m512i b) { return _mm512_dpbusd_epi32(sum, a, b); }
-  static CSIKERNELS_INLINE void put(int32_t* out, __m512i sum) { _mm512_storeu_si512(out, sum); }
-};
-
-}  // namespace
-
+// After the products.
 #include "cpu/transformer_body.h"
 
 void transformer_int8(const Network& net, const Team& team, const float* h, int64_t samples, float* y,

@@ -1,11 +1,23 @@
-// The products of the three precisions on F32, for instruction sets without their own. Included by
-// transformer_<isa>.cpp inside its namespace, after `multiply_add_16`.
+// The products of the three precisions on F32, for instruction sets without their own, and the int8 product of those
+// with VNNI. Included by transformer_<isa>.cpp inside its namespace.
 //
 // A Dot multiplies one element group of a row (broadcast) with 16, 8 or 4 columns of a packed panel.
 
 #pragma once
 
 namespace {
+
+typedef int16_t WordLanes __attribute__((vector_size(4 * kLanes)));
+
+// To bfloat16; with dot products, as these read it: denormals become zero.
+CSIKERNELS_INLINE void narrow(uint16_t* out, F32 a) {
+#if defined(CSIKERNELS_BF16)
+  const __m256bh lanes = _mm512_cvtneps_pbh(a.v);
+  __builtin_memcpy(out, &lanes, sizeof(lanes));
+#else
+  store_bf16(out, a);
+#endif
+}
 
 struct FloatDot {
   using Element = float;
@@ -78,9 +90,26 @@ struct WideInt8Dot {
     return {bytes & 0x00FF00FF, (bytes >> 8) & 0x00FF00FF};
   }
   static CSIKERNELS_INLINE IntLanes add(IntLanes sum, const Operand& a, const Operand& b) {
-    return sum + multiply_add_16(a.even, b.even) + multiply_add_16(a.odd, b.odd);
+    return sum + lanes_multiply_add_16(a.even, b.even) + lanes_multiply_add_16(a.odd, b.odd);
   }
   static CSIKERNELS_INLINE void put(int32_t* out, IntLanes sum) { __builtin_memcpy(out, &sum, sizeof(sum)); }
 };
+
+#if defined(CSIKERNELS_VNNI) || defined(CSIKERNELS_BF16)
+struct Int8Dot {
+  using Element = uint8_t;
+  using Sum = int32_t;
+  static constexpr int group = 4;
+  static constexpr int rows = 13;
+  using Operand = __m512i;
+  using Accumulator = __m512i;
+
+  static CSIKERNELS_INLINE __m512i zero() { return _mm512_setzero_si512(); }
+  static CSIKERNELS_INLINE __m512i columns(const uint8_t* b) { return _mm512_loadu_si512(b); }
+  static CSIKERNELS_INLINE __m512i row(const uint8_t* a) { return (__m512i)broadcast_bits(a); }
+  static CSIKERNELS_INLINE __m512i add(__m512i sum, __m512i a, __m512i b) { return _mm512_dpbusd_epi32(sum, a, b); }
+  static CSIKERNELS_INLINE void put(int32_t* out, __m512i sum) { _mm512_storeu_si512(out, sum); }
+};
+#endif
 
 }  // namespace

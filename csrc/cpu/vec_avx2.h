@@ -34,6 +34,11 @@ inline FloatLanes lanes_scale(FloatLanes a, FloatLanes n) {
   return a * first * _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(rest, bias), 23));
 }
 
+// Products of 16-bit integers, neighbours added.
+inline IntLanes lanes_multiply_add_16(IntLanes a, IntLanes b) {
+  return (IntLanes)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+}
+
 inline __m256i first_lanes(int n) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }

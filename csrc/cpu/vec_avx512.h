@@ -45,6 +45,11 @@ inline FloatLanes lanes_fraction(FloatLanes a) {
   return _mm512_reduce_ps(a, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
 }
 
+// Products of 16-bit integers, neighbours added.
+inline IntLanes lanes_multiply_add_16(IntLanes a, IntLanes b) {
+  return (IntLanes)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+}
+
 inline __mmask16 first_lanes(int n) { return n >= kLanes ? 0xFFFF : static_cast<__mmask16>((1u << n) - 1); }
 inline FloatLanes lanes_load_first(const float* p, int n) { return _mm512_maskz_loadu_ps(first_lanes(n), p); }
 inline void lanes_store_first(float* p, FloatLanes a, int n) { _mm512_mask_storeu_ps(p, first_lanes(n), a); }

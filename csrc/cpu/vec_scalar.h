@@ -6,6 +6,10 @@
 
 #include <cstdint>
 
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
 namespace csikernels::cpu {
 namespace {
 
@@ -33,6 +37,15 @@ inline FloatLanes lanes_round(FloatLanes a) {
 inline FloatLanes lanes_scale(FloatLanes a, FloatLanes n) {
   const IntLanes whole = __builtin_convertvector(n, IntLanes), half = whole >> 1, rest = whole - half;
   return a * (FloatLanes)((half + 127) << 23) * (FloatLanes)((rest + 127) << 23);
+}
+
+// Products of 16-bit integers, neighbours added.
+inline IntLanes lanes_multiply_add_16(IntLanes a, IntLanes b) {
+#if defined(__SSE2__)
+  return (IntLanes)_mm_madd_epi16((__m128i)a, (__m128i)b);
+#else
+  return ((a << 16) >> 16) * ((b << 16) >> 16) + (a >> 16) * (b >> 16);
+#endif
 }
 
 inline FloatLanes lanes_load_first(const float* p, int n) {
