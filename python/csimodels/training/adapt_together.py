@@ -19,13 +19,12 @@ import torch
 import csikernels
 from csikernels import SamBank, lasco_forward
 from csimodels.evaluation.metrics import nmse_db
-from csimodels.files import load_tensors, save_tensors
 from csimodels.models.channel_transformer import ChannelTransformer
 from csimodels.models.lasco import Proxy, shift
 from csimodels.training.adapt import AdaptConfig, Adapter, CachedSplit, MethodResult
 from csimodels.training.loop import batch_order
+from csimodels.training.run_state import load_run_state, save_run_state
 
-_STATE = "state.safetensors"
 _WITH_ALPHA = ("lasco", "e_lasco")
 
 
@@ -280,42 +279,26 @@ class _BankTrainer:
     def _save(self) -> None:
         if self.run_dir is None:
             return
-        tensors = {f"model.{name}": tensor for name, tensor in self._trained().items()}
-        tensors |= {f"best.{name}": tensor for name, tensor in self.best.items()}
-        for index, entries in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in entries.items()}
         progress = [dataclasses.asdict(own) for own in self.progress]
         for own in progress:
             own["best_validation"] = own["best_validation"] if own["best_epoch"] >= 0 else None  # JSON has no infinity
-        metadata = {"state": {"step": self.step, "slots": progress}, "fingerprint": self.fingerprint}
-        save_tensors(self.run_dir / _STATE, tensors, metadata)
+        counters = {"step": self.step, "slots": progress}
+        save_run_state(self.run_dir, self._trained(), self.best, self.optimizer, counters, self.fingerprint)
 
     def _restore(self) -> bool:
-        if self.run_dir is None or not (self.run_dir / _STATE).exists():
+        run = load_run_state(self.run_dir, self.fingerprint)
+        if run is None:
             return False
-        path = self.run_dir / _STATE
-        tensors, metadata = load_tensors(path)
-        if metadata.get("fingerprint") != self.fingerprint:
-            raise ValueError(
-                f"{path}: belongs to another run ({metadata.get('fingerprint')}), this one is {self.fingerprint}; "
-                "choose another output folder or remove the file"
-            )
-        state = metadata["state"]
+        state = run.counters
         self.step = state["step"]
         for own in state["slots"]:
             own["best_validation"] = math.inf if own["best_validation"] is None else own["best_validation"]
         self.progress = [_Progress(**own) for own in state["slots"]]
         with torch.no_grad():
             for name, tensor in self._trained().items():
-                tensor.copy_(tensors[f"model.{name}"])
-                self.best[name].copy_(tensors[f"best.{name}"])
-        entries: dict[int, dict[str, torch.Tensor]] = {}
-        for name, tensor in tensors.items():
-            if name.startswith("optimizer."):
-                _, index, entry = name.split(".")
-                entries.setdefault(int(index), {})[entry] = tensor
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": entries, "param_groups": groups})
+                tensor.copy_(run.model[name])
+                self.best[name].copy_(run.best[name])
+        run.restore_optimizer(self.optimizer)
         return True
 
 

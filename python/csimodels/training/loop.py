@@ -22,11 +22,10 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list
 from torch import nn
 
-from csimodels.files import load_tensors, save_tensors
+from csimodels.training.run_state import load_run_state, save_run_state
 from csimodels.training.schedule import warmup_cosine
 
 Batch = Sequence[torch.Tensor]
-_STATE = "state.safetensors"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -302,14 +301,10 @@ class Trainer:
     def _save(self) -> None:
         if self.run_dir is None or not self.accelerator.is_main_process:
             return
-        tensors = {f"model.{name}": tensor for name, tensor in self._module.state_dict().items()}
-        tensors |= {f"best.{name}": tensor for name, tensor in self._best.items()}
-        for index, slots in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{index}.{slot}": torch.as_tensor(value) for slot, value in slots.items()}
         state = dataclasses.asdict(self._state)
         if state["best_epoch"] < 0:
             state["best_validation"] = None  # infinity is not JSON
-        save_tensors(self.run_dir / _STATE, tensors, {"state": state, "fingerprint": self.fingerprint})
+        save_run_state(self.run_dir, self._module.state_dict(), self._best, self.optimizer, state, self.fingerprint)
 
     def _check_same_start(self) -> None:
         steps = self.accelerator.gather(torch.tensor([self._state.step], device=self.accelerator.device)).tolist()
@@ -320,29 +315,14 @@ class Trainer:
             )
 
     def _restore(self) -> bool:
-        if self.run_dir is None or not (self.run_dir / _STATE).exists():
+        run = load_run_state(self.run_dir, self.fingerprint)
+        if run is None:
             return False
-        path = self.run_dir / _STATE
-        tensors, metadata = load_tensors(path)
-        if metadata.get("fingerprint") != self.fingerprint:
-            raise ValueError(
-                f"{path}: belongs to another run ({metadata.get('fingerprint')}), this one is {self.fingerprint}; "
-                "choose another output folder or remove the file"
-            )
-        values = metadata["state"]
+        values = run.counters
         if values["best_validation"] is None:
             values["best_validation"] = float("inf")
         self._state = _State(**values)
-        parts: dict[str, dict[str, torch.Tensor]] = {"model": {}, "best": {}, "optimizer": {}}
-        for name, tensor in tensors.items():
-            part, rest = name.split(".", 1)
-            parts[part][rest] = tensor
-        self._module.load_state_dict(parts["model"])
-        self._best = parts["best"]
-        slots: dict[int, dict[str, torch.Tensor]] = {}
-        for name, tensor in parts["optimizer"].items():
-            index, slot = name.split(".")
-            slots.setdefault(int(index), {})[slot] = tensor
-        optimizer = self.optimizer.state_dict()
-        self.optimizer.load_state_dict({"state": slots, "param_groups": optimizer["param_groups"]})
+        self._module.load_state_dict(run.model)
+        self._best = run.best
+        run.restore_optimizer(self.optimizer)
         return True
