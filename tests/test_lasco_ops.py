@@ -13,8 +13,7 @@ from torch.nn import functional as F
 import csikernels
 from csikernels import SamBank, lasco_forward
 
-pytestmark = pytest.mark.op("lasco_forward")
-differentiates = pytest.mark.op("lasco_forward", "lasco_backward")
+pytestmark = pytest.mark.op("lasco_forward", "lasco_backward")
 STYLES = [
     {},
     {"activation": "gelu"},
@@ -93,7 +92,6 @@ def test_batches_of_every_kind(backend, sizes, slot):
     torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-5)
 
 
-@differentiates
 def test_more_samples_than_one_workspace_holds(backend, monkeypatch):
     bank, reference, proxies = bank_of(3, ODD, torch.float64)
     h_in, base_output, slot = inputs([0, 1, 1, 0, 2] * 9, ODD, torch.float64)
@@ -171,7 +169,6 @@ def test_errors_name_the_argument(backend):
             lasco_forward(*args)
 
 
-@differentiates
 @pytest.mark.parametrize("style", STYLES, ids=lambda style: "-".join(map(str, style)) or "post_norm")
 def test_gradcheck(backend, style):
     bank, _, _ = bank_of(3, {**ODD, "layers": 1, "tokens": 3}, torch.float64, **style)
@@ -185,7 +182,6 @@ def test_gradcheck(backend, style):
     assert torch.autograd.gradcheck(function, (*leaves, bank.alpha, *bank.proxies.tensors()), fast_mode=True)
 
 
-@differentiates
 @pytest.mark.parametrize("style", STYLES, ids=lambda style: "-".join(map(str, style)) or "post_norm")
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-11)])
 def test_gradients_equal_autograd_through_the_modules(backend, dtype, tolerance, style):
@@ -215,7 +211,6 @@ def test_gradients_equal_autograd_through_the_modules(backend, dtype, tolerance,
     assert not any(grad[1].any() for grad in actual[2:]), "slot 1 has no sample"
 
 
-@differentiates
 def test_only_the_gradients_asked_for(backend):
     bank, _, _ = bank_of(2, ODD, torch.float64)
     h_in, base_output, slot = inputs([0, 1], ODD, torch.float64)
@@ -232,7 +227,6 @@ def test_only_the_gradients_asked_for(backend):
     torch.testing.assert_close(base_output.grad, bank.alpha[slot].view(-1, 1, 1).expand_as(base_output))
 
 
-@differentiates
 def test_gradient_of_the_input_through_a_bfloat16_bank(backend):
     modules = sams(3)
     alpha = torch.full((3,), 0.8)
@@ -252,7 +246,6 @@ def test_gradient_of_the_input_through_a_bfloat16_bank(backend):
     assert 1e-4 < relative(actual, expected) < relative(through_modules(torch.bfloat16), expected)
 
 
-@differentiates
 def test_empty_batch_has_zero_gradients(backend):
     bank, _, _ = bank_of(2, ODD, torch.float64)
     h_in, base_output, slot = inputs([], ODD, torch.float64)
@@ -261,7 +254,6 @@ def test_empty_batch_has_zero_gradients(backend):
     assert all(not parameter.grad.any() for parameter in bank.parameters())
 
 
-@differentiates
 def test_a_second_derivative_is_refused(backend):
     bank, _, _ = bank_of(2, ODD, torch.float64)
     h_in, base_output, slot = inputs([0, 1], ODD, torch.float64)
@@ -271,7 +263,6 @@ def test_a_second_derivative_is_refused(backend):
         first.sum().backward()
 
 
-@differentiates
 def test_opcheck(backend, opcheck):
     sizes = {**ODD, "layers": 1}
     bank, _, _ = bank_of(3, sizes, torch.float64, norm_first=True, final_norm=True)
@@ -286,7 +277,6 @@ def test_opcheck(backend, opcheck):
         opcheck("lasco_backward", (grad, h_in, *weights, shift, none, *bank.architecture.hyper(), *wanted))
 
 
-@differentiates
 def test_the_gradient_of_alpha_needs_the_shift(backend):
     bank, _, _ = bank_of(2, ODD, torch.float64)
     args = op_args(bank, *inputs([0, 1], ODD, torch.float64), keep_shift=False)
@@ -294,7 +284,6 @@ def test_the_gradient_of_alpha_needs_the_shift(backend):
         torch.ops.csikernels.lasco_forward(*args)[0].sum().backward()
 
 
-@differentiates
 def test_compiles_and_exports(backend):
     bank, _, _ = bank_of(3, ODD, torch.float64)
     h_in, base_output, slot = inputs([2, 0, 2], ODD, torch.float64)
@@ -324,7 +313,6 @@ def test_autocast_hands_over_low_precision(backend):
     assert torch.equal(actual, lasco_forward(h_in, base_output.bfloat16().float(), bank, slot))
 
 
-@differentiates
 @pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-5), ("float64", 1e-10)])
 def test_adapting_three_slots_at_once_equals_three_runs(backend, precision, tolerance):
     dtype = getattr(torch, precision)

@@ -98,8 +98,11 @@ def test_half_precision_input(backend):
     result = layer(x)
     assert result.dtype == torch.bfloat16
     wanted = layer(x.float())
-    error = (result.float() - wanted).square().mean().sqrt()
-    assert error <= torch.finfo(torch.bfloat16).eps * wanted.square().mean().sqrt()
+    if backend == "cpp-avx512_bf16":  # multiplies in bfloat16: operands are rounded too, which elements near 0 feel
+        error = (result.float() - wanted).square().mean().sqrt()
+        assert error <= torch.finfo(torch.bfloat16).eps * wanted.square().mean().sqrt()
+    else:
+        torch.testing.assert_close(result, wanted.bfloat16())
     torch.testing.assert_close(result, model(x), rtol=0.02, atol=0.1)
 
 
