@@ -7,7 +7,7 @@ Four op families, each with the same semantics on every backend (C++, CUDA, Trit
 from csikernels._dispatch import apply_environment_choice, backends, use_backend
 from csikernels._info import __version__, build_info
 from csikernels.ops.codebook import Codebook, codebook_argmax
-from csikernels.ops.lasco import lasco_forward
+from csikernels.ops.lasco import lasco_forward, lasco_squared_error
 from csikernels.ops.lasco_bank import SamBank
 from csikernels.ops.lasco_engine import LascoEngine
 from csikernels.ops.nf4_lora import loftq_init, nf4_lora_linear, nf4_quantize
@@ -26,6 +26,7 @@ __all__ = [
     "build_info",
     "codebook_argmax",
     "lasco_forward",
+    "lasco_squared_error",
     "loftq_init",
     "nf4_lora_linear",
     "nf4_quantize",

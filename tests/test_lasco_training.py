@@ -8,9 +8,9 @@ from lasco_modules import ODD, ONE, PAPER, inputs, sams
 from torch.nn import functional as F
 
 import csikernels
-from csikernels import SamBank, lasco_forward
+from csikernels import SamBank, lasco_forward, lasco_squared_error
 
-pytestmark = pytest.mark.op("lasco_training_forward", "lasco_backward")
+pytestmark = pytest.mark.op("lasco_training_forward", "lasco_backward", "lasco_squared_error")
 STYLES = [
     {},
     {"activation": "gelu"},
@@ -215,7 +215,8 @@ def test_empty_batches_have_zero_gradients(backend):
     assert all(parameter.grad is not None and not parameter.grad.any() for parameter in bank.parameters())
 
 
-def test_slots_at_once_train_as_one_after_the_other(backend):
+@pytest.mark.parametrize("own_loss", [False, True])
+def test_slots_at_once_train_as_one_after_the_other(backend, own_loss):
     """20 AdamW steps of the stack and of each module alone."""
     sizes = {**PAPER, "tokens": 8, "features": 16, "width": 16, "feedforward": 32}
     reference, proxies = sams(3, sizes)
@@ -231,9 +232,13 @@ def test_slots_at_once_train_as_one_after_the_other(backend):
         with torch.no_grad():
             known = reference(h_in)
         optimiser.zero_grad()
-        estimate = lasco_forward(h_in, base_output, bank, index, reference_output=known)
-        per_sample = F.mse_loss(estimate, target, reduction="none").mean((1, 2))
-        losses = torch.stack([per_sample[index == u].mean() for u in range(3)])
+        if own_loss:
+            estimate = lasco_forward(h_in, base_output, bank, index, reference_output=known)
+            per_sample = F.mse_loss(estimate, target, reduction="none").mean((1, 2))
+            losses = torch.stack([per_sample[index == u].mean() for u in range(3)])
+        else:
+            losses = lasco_squared_error(h_in, base_output, bank, index, target, reference_output=known)
+            losses = losses / target[index == 0].numel()
         losses.sum().backward()
         optimiser.step()
         for u, (module, alpha, own) in enumerate(runs):
@@ -244,3 +249,122 @@ def test_slots_at_once_train_as_one_after_the_other(backend):
             own.step()
             torch.testing.assert_close(losses[u], loss, rtol=1e-4, atol=1e-4)
     assert (bank.alpha - 1).abs().min() > 1e-3
+
+
+def errors_and_gradients(bank: SamBank, sizes: dict, slot: list[int], known_reference: bool) -> dict[str, torch.Tensor]:
+    """Each slot's squared error, and the gradients of a weighted sum of them."""
+    h_in, base_output, index = inputs(slot, sizes, bank.dtype)
+    target, reference_output, _ = inputs(slot, sizes, bank.dtype, seed=5)
+    given = {"reference_output": reference_output} if known_reference else {}
+    errors = lasco_squared_error(h_in, base_output, bank, index, target, **given)
+    wanted = {"alpha": bank.alpha, **dict(bank.proxies.named_parameters())}
+    weights = torch.linspace(0.1, -0.2, bank.slots, dtype=bank.dtype)
+    gradients = torch.autograd.grad((errors * weights).sum(), list(wanted.values()))
+    return {"errors": errors.detach(), **dict(zip(wanted, gradients, strict=True))}
+
+
+@pytest.mark.parametrize("known_reference", [False, True])
+@pytest.mark.parametrize("style", STYLES, ids=lambda style: "-".join(map(str, style)) or "post_norm")
+@pytest.mark.parametrize("sizes", [PAPER, ODD], ids=["paper", "odd"])
+def test_squared_errors_equal_those_of_float64(backend, sizes, style, known_reference):
+    bank = smooth(bank_of(sizes, **style))
+    slot = MIXED if sizes is ODD else [2, 0, 2, 4, 0, 2, 3]
+    actual = errors_and_gradients(bank, sizes, slot, known_reference)
+    with csikernels.use_backend("reference"):
+        expected = errors_and_gradients(in_double(bank), sizes, slot, known_reference)
+    assert_near(actual, expected)
+    assert not any(value[1].any() for value in actual.values()), "slot 1 has no sample"
+
+
+def test_squared_errors_do_not_depend_on_threads_and_repeat(backend, threads):
+    bank = bank_of()
+    runs = []
+    for count in (1, 2, 3, 2):
+        threads(count)
+        runs.append(errors_and_gradients(bank, PAPER, MIXED, False))
+    for name, value in runs[0].items():
+        assert all(torch.equal(value, other[name]) for other in runs[1:]), name
+
+
+@pytest.mark.parametrize("wanted", ["alpha", "proxies", "h_in", "target", "nothing"])
+def test_squared_errors_of_other_leaves(backend, wanted):
+    """Each leaf alone, whichever way it takes through the kernels, as through the output of lasco_forward."""
+    bank = bank_of(ODD, 3)
+    h_in, base_output, index = inputs([2, 0, 0, 2], ODD)
+    target = inputs([2, 0, 0, 2], ODD, seed=5)[0]
+    bank.requires_grad_(False)
+    leaves = {"alpha": [bank.alpha], "proxies": bank.proxies.tensors(), "h_in": [h_in], "target": [target]}
+    leaves = [leaf.requires_grad_() for leaf in leaves.get(wanted, [])]
+    errors = lasco_squared_error(h_in, base_output, bank, index, target)
+    squares = (lasco_forward(h_in, base_output, bank, index) - target).square().sum((1, 2))
+    expected = squares.new_zeros(3).index_add(0, index, squares)
+    torch.testing.assert_close(errors, expected, rtol=1e-5, atol=0)
+    assert errors.requires_grad == bool(leaves)
+    for ours, theirs in zip(
+        torch.autograd.grad(errors.sum(), leaves) if leaves else (),
+        torch.autograd.grad(expected.sum(), leaves) if leaves else (),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_squared_errors_of_strided_and_empty_batches(backend):
+    bank = bank_of(ODD, 3)
+    h_in, base_output, index = inputs([2, 0, 0, 1], ODD)
+    target = inputs([2, 0, 0, 1], ODD, seed=5)[0]
+    expected = lasco_squared_error(h_in, base_output, bank, index, target)
+    turned = [value.transpose(0, 2).contiguous().transpose(0, 2) for value in (h_in, base_output, target)]
+    actual = lasco_squared_error(turned[0], turned[1], bank, torch.stack([index, index], 1)[:, 0], turned[2])
+    assert torch.equal(actual, expected)
+    nothing = lasco_squared_error(h_in[:0], base_output[:0], bank, index[:0], target[:0])
+    assert not nothing.any()
+    nothing.sum().backward()
+    assert all(parameter.grad is not None and not parameter.grad.any() for parameter in bank.parameters())
+
+
+def test_squared_errors_add_up_in_grad_and_repeat_a_backward(backend):
+    bank = bank_of(ODD, 2)
+    h_in, base_output, index = inputs([0, 1, 1], ODD)
+    errors = lasco_squared_error(h_in, base_output, bank, index, base_output).sum()
+    errors.backward(retain_graph=True)
+    once = [parameter.grad.clone() for parameter in bank.parameters()]
+    errors.backward()
+    assert all(torch.equal(2 * first, p.grad) for first, p in zip(once, bank.parameters(), strict=True))
+
+
+def test_a_bad_sample_spoils_the_error_of_its_own_slot_alone(backend):
+    bank = bank_of(slots=3)
+    h_in, base_output, index = inputs([0, 2, 2, 1, 0])
+    h_in[3, 4, 5] = float("nan")
+    errors = lasco_squared_error(h_in, base_output, bank, index, base_output)
+    errors.sum().backward()
+    assert errors.isnan().tolist() == [False, True, False]
+    for name, weight in bank.proxies.named_parameters():
+        assert weight.grad[1].isnan().any() and not weight.grad[[0, 2]].isnan().any(), name
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"target": 7}, TypeError, "target: expected a tensor, got int"),
+        ({"target": torch.zeros(1, 5, 3)}, ValueError, r"target: expected the shape of h_in, \(2, 5, 3\), got \(1"),
+        ({"target": torch.zeros(2, 5, 3).double()}, TypeError, "target: expected dtype torch.float32"),
+        ({"slot": torch.tensor([0, 3])}, ValueError, r"slot: expected 0..1 \(the bank has 2 slots\), got 3"),
+        ({"reference_output": torch.zeros(2, 5, 4)}, ValueError, r"reference_output: expected shape \[B, 5, 3\]"),
+    ],
+)
+def test_errors_of_squared_errors_name_the_argument(backend, change, error, message):
+    bank = bank_of(ODD, 2)
+    h_in, base_output, slot = inputs([0, 1], ODD)
+    arguments = {"h_in": h_in, "base_output": base_output, "bank": bank, "slot": slot, "target": h_in, **change}
+    with pytest.raises(error, match=message):
+        lasco_squared_error(**arguments)
+
+
+def test_opcheck_of_squared_errors(backend, opcheck):
+    bank = bank_of({**ODD, "layers": 1}, 3, double=True)
+    h_in, base_output, index = inputs([2, 0, 2], ODD, torch.float64)
+    proxies, reference, hyper = bank.proxies.tensors(), bank.reference.tensors(), bank.architecture.hyper()
+    arguments = (h_in, base_output, base_output, index, bank.alpha, proxies)
+    opcheck("lasco_squared_error", (*arguments, reference, None, *hyper, True, True))
+    opcheck("lasco_squared_error", (*arguments, [], base_output, *hyper, True, True))

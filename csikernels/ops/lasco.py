@@ -36,6 +36,13 @@ define(
     "Tensor shift, Tensor kept, int heads, str activation, bool norm_first, float eps, bool input_grad, "
     "bool weight_grad) -> (Tensor, Tensor, Tensor[])"
 )
+# h_in, base_output, target [B,T,F] -> squared errors [U], their gradients of alpha [U] ([0] unless alpha_grad) and of
+# the proxies: flat, one weight [U, ...] after the other ([0] unless weight_grad).
+define(
+    "lasco_squared_error(Tensor h_in, Tensor base_output, Tensor target, Tensor slot, Tensor alpha, Tensor[] proxies, "
+    "Tensor[] reference, Tensor? reference_output, int heads, str activation, bool norm_first, float eps, "
+    "bool alpha_grad, bool weight_grad) -> (Tensor, Tensor, Tensor)"
+)
 _COMPILED_TRAINING = has_compiled_kernel("lasco_training_forward", "cpu")  # a constant that torch.compile can read
 # h_in [B,T,F] -> [B,T,F], one network; scales (int8 only): of qkv, proj, up, down per block.
 define(
@@ -79,32 +86,13 @@ def lasco_forward(
         TypeError: ``bank`` is no :class:`SamBank`, or a dtype differs from the above.
         ValueError: a shape, a device or a slot is wrong.
     """
-    if not isinstance(bank, SamBank):
-        raise TypeError(f"bank: expected a SamBank, got {type(bank).__name__}")
-    h_in = _input(h_in, "h_in", bank)
-    base_output = _input(base_output, "base_output", bank)
-    check_input(h_in, "h_in", bank)
-    check_input(base_output, "base_output", bank)
-    if base_output.shape != h_in.shape:
-        raise ValueError(
-            f"base_output: expected the shape of h_in, {tuple(h_in.shape)}, got {tuple(base_output.shape)}"
-        )
-    check_slot(slot, h_in)
-    if reference_output is not None:
-        reference_output = _input(reference_output, "reference_output", bank)
-        check_input(reference_output, "reference_output", bank)
-        if reference_output.shape != h_in.shape:
-            raise ValueError(
-                f"reference_output: expected the shape of h_in, {tuple(h_in.shape)}, got "
-                f"{tuple(reference_output.shape)}"
-            )
-        if reference_output.requires_grad:
-            raise ValueError("reference_output: expected a constant, got a tensor that requires a gradient")
+    h_in, base_output, reference_output = _checked(h_in, base_output, bank, slot, reference_output)
     proxies, reference = bank.proxies.tensors(), bank.reference.tensors()
     hyper = bank.architecture.hyper()
     grad = torch.is_grad_enabled()
     keep_shift = grad and bank.alpha.requires_grad
-    keep = grad and _keeps(h_in, bank) and (h_in.requires_grad or any(weight.requires_grad for weight in proxies))
+    learns = h_in.requires_grad or any(weight.requires_grad for weight in proxies)
+    keep = grad and learns and _compiled_training(h_in, bank)
     if keep or reference_output is not None:
         reference = reference if reference_output is None else []
         return torch.ops.csikernels.lasco_training_forward(
@@ -115,8 +103,81 @@ def lasco_forward(
     )[0]
 
 
-def _keeps(h_in: Tensor, bank: SamBank) -> bool:
-    """Whether the backward of this call will read what the forward keeps: the compiled one does, in float32."""
+@accepts_arrays
+def lasco_squared_error(
+    h_in: Tensor,
+    base_output: Tensor,
+    bank: SamBank,
+    slot: Tensor,
+    target: Tensor,
+    *,
+    reference_output: Tensor | None = None,
+) -> Tensor:
+    """What many small models are trained on at once: how far :func:`lasco_forward` is from a target, slot by slot.
+
+    ``error[u]`` is the sum of ``(lasco_forward(...) - target) ** 2`` over the samples of slot ``u``, 0 without samples.
+    The slots do not interact, so any scaling of the errors (a mean over each slot's samples, say) and their sum train
+    every slot as if it were alone.
+
+    Differentiable once, as :func:`lasco_forward`. Where no gradient but those of the bank is wanted, the compiled CPU
+    kernel computes these along with the errors: nothing is kept for the backward but the gradients themselves, and a
+    step of training takes less time than on the output of :func:`lasco_forward`.
+
+    Args:
+        h_in, base_output, bank, slot, reference_output: as for :func:`lasco_forward`.
+        target: [B, T, F], same dtype and device as ``h_in``.
+
+    Returns:
+        [U] in the bank's dtype.
+
+    Raises:
+        TypeError: ``bank`` is no :class:`SamBank`, or a dtype differs from the above.
+        ValueError: a shape, a device or a slot is wrong.
+    """
+    h_in, base_output, reference_output = _checked(h_in, base_output, bank, slot, reference_output)
+    target = _input(target, "target", bank)
+    _check_like(target, "target", h_in, bank)
+    proxies = bank.proxies.tensors()
+    weight_grad = any(weight.requires_grad for weight in proxies)
+    constant = not any(value.requires_grad for value in (h_in, base_output, target))
+    if torch.is_grad_enabled() and constant and _compiled_training(h_in, bank):
+        reference = bank.reference.tensors() if reference_output is None else []
+        return torch.ops.csikernels.lasco_squared_error(
+            h_in, base_output, target, slot, bank.alpha, proxies, reference, reference_output,
+            *bank.architecture.hyper(), bank.alpha.requires_grad, weight_grad,
+        )[0]  # fmt: skip
+    output = lasco_forward(h_in, base_output, bank, slot, reference_output=reference_output)
+    errors = (output - target).square().sum((1, 2))
+    return errors.new_zeros(bank.slots).index_add(0, slot.to(errors.device), errors)
+
+
+def _checked(
+    h_in: Tensor, base_output: Tensor, bank: SamBank, slot: Tensor, reference_output: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Raise unless the inputs are as :func:`lasco_forward` takes them."""
+    if not isinstance(bank, SamBank):
+        raise TypeError(f"bank: expected a SamBank, got {type(bank).__name__}")
+    h_in = _input(h_in, "h_in", bank)
+    base_output = _input(base_output, "base_output", bank)
+    check_input(h_in, "h_in", bank)
+    _check_like(base_output, "base_output", h_in, bank)
+    check_slot(slot, h_in)
+    if reference_output is not None:
+        reference_output = _input(reference_output, "reference_output", bank)
+        _check_like(reference_output, "reference_output", h_in, bank)
+        if reference_output.requires_grad:
+            raise ValueError("reference_output: expected a constant, got a tensor that requires a gradient")
+    return h_in, base_output, reference_output
+
+
+def _check_like(value: Tensor, name: str, h_in: Tensor, bank: SamBank) -> None:
+    check_input(value, name, bank)
+    if value.shape != h_in.shape:
+        raise ValueError(f"{name}: expected the shape of h_in, {tuple(h_in.shape)}, got {tuple(value.shape)}")
+
+
+def _compiled_training(h_in: Tensor, bank: SamBank) -> bool:
+    """Whether the compiled training kernels run this call: they are float32."""
     cpu = h_in.device.type == "cpu" and _COMPILED_TRAINING
     return cpu and chosen_backend() in (None, "cpp") and bank.precision == "float32"
 
@@ -178,6 +239,15 @@ def _lasco_backward_fake(
     return h_in.new_empty(h_in.shape if input_grad else (0,)), grad_alpha, grads
 
 
+@torch.library.register_fake("csikernels::lasco_squared_error")
+def _lasco_squared_error_fake(
+    h_in, base_output, target, slot, alpha, proxies, reference, reference_output, heads, activation, norm_first, eps,
+    alpha_grad, weight_grad,
+):  # fmt: skip
+    floats = sum(weight.numel() for weight in proxies) if weight_grad else 0
+    return alpha.new_empty(alpha.shape), alpha.new_empty(alpha.shape if alpha_grad else (0,)), h_in.new_empty(floats)
+
+
 @torch.library.register_fake("csikernels::transformer_forward")
 def _transformer_forward_fake(h_in, weights, scales, packed, heads, activation, norm_first, eps):
     return h_in.new_empty(h_in.shape)
@@ -233,10 +303,40 @@ def _gradients(ctx, grad):
     return grad_h, grad_base, None, grad_alpha, grads, [None] * len(reference_weights)
 
 
+def _setup_error_context(ctx, inputs, output):
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*output[1:])
+    ctx.shapes = [weight.shape for weight in inputs[5]]
+    ctx.references = len(inputs[6])
+
+
+def _error_backward(ctx, grad, *_):
+    grad_alpha, flat = ctx.saved_tensors
+    need_alpha, need_proxies = ctx.needs_input_grad[4:6]
+    if any(ctx.needs_input_grad[:3]):
+        raise RuntimeError("lasco_squared_error: gradients of the inputs are those of lasco_forward")
+    along, grads = None, [None] * len(ctx.shapes)
+    if grad is not None and need_alpha:
+        if grad_alpha.shape != grad.shape:
+            raise RuntimeError("lasco_squared_error: the gradient of alpha needs alpha_grad=True")
+        along = grad * grad_alpha
+    if grad is not None and any(need_proxies):
+        if not flat.numel():
+            raise RuntimeError("lasco_squared_error: the gradients of the proxies need weight_grad=True")
+        parts = flat.split([shape.numel() for shape in ctx.shapes])
+        grads = [
+            (part.view(len(grad), -1) * grad[:, None]).view(shape) if need else None
+            for part, shape, need in zip(parts, ctx.shapes, need_proxies, strict=True)
+        ]
+    return None, None, None, None, along, grads, [None] * ctx.references, *(None,) * 7
+
+
 def _refuse_second_derivative(ctx, *grads):
     raise RuntimeError("lasco_forward: differentiable once, a second derivative was asked for")
 
 
 torch.library.register_autograd("csikernels::lasco_forward", _backward, setup_context=_setup_context)
 torch.library.register_autograd("csikernels::lasco_training_forward", _backward, setup_context=_setup_training_context)
+torch.library.register_autograd("csikernels::lasco_squared_error", _error_backward, setup_context=_setup_error_context)
 torch.library.register_autograd("csikernels::lasco_backward", _refuse_second_derivative)

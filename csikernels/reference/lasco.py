@@ -84,6 +84,23 @@ def lasco_backward(
     return grad_h, grad_alpha, grads
 
 
+@implement("lasco_squared_error", "reference")
+def lasco_squared_error(
+    h_in, base_output, target, slot, alpha, proxies, reference, reference_output, heads, activation, norm_first, eps,
+    alpha_grad, weight_grad,
+):  # fmt: skip
+    hyper = transformer.Hyper(heads, activation, norm_first, eps)
+    output, shift = _forward(h_in, base_output, slot, alpha, proxies, reference, reference_output, hyper, alpha_grad)
+    grad = 2 * (output - target)
+    errors = alpha.new_zeros(alpha.shape)
+    errors.index_add_(0, slot.to(alpha.device), grad.square().sum((1, 2)) / 4)
+    _, grad_alpha, grads = lasco_backward(
+        grad, h_in, slot, alpha, proxies, [], shift, h_in.new_empty(0), heads, activation, norm_first, eps, False,
+        weight_grad,
+    )  # fmt: skip
+    return errors, grad_alpha, torch.cat([g.flatten() for g in grads]) if weight_grad else h_in.new_empty(0)
+
+
 @implement("transformer_forward", "reference")
 def transformer_forward(h_in, weights, scales, packed, heads, activation, norm_first, eps):
     network = transformer.network_of([weight[None] for weight in weights], [scale[None] for scale in scales])

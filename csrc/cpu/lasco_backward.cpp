@@ -6,14 +6,12 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <numeric>
-#include <optional>
 #include <tuple>
 #include <vector>
 
 #include "check.h"
-#include "cpu/activation_memory.h"
 #include "cpu/lasco_backward_plan.h"
+#include "cpu/lasco_weight_gradients.h"
 #include "dispatch.h"
 
 namespace csikernels::cpu {
@@ -21,49 +19,22 @@ namespace {
 
 using BackwardResult = std::tuple<at::Tensor, at::Tensor, std::vector<at::Tensor>>;
 
-// Samples of one slot that one task takes: about 16 tasks a batch. The sums of a weight's gradient are formed task by
-// task and added in order, so that they depend on the batch alone, not on the threads.
-int64_t backward_samples(int64_t batch) {
-  const int64_t samples = std::clamp<int64_t>(batch / 16, 16, 128);
-  return samples / kTrainSamples * kTrainSamples;
-}
-
 // What one thread needs for tasks of the backward.
 struct BackwardScratch {
-  const TrainShape& z;
   int64_t kept_floats, sample;
-  Scratch<float> scratch, position, forward, kept, y, grad, sums;
-  std::vector<float*> sum;
+  WeightSums sums;
+  Scratch<float> scratch, position, forward, kept, y, grad;
 
-  BackwardScratch(const TrainShape& shape, bool recompute, bool through_reference, bool weights)
-      : z(shape),
-        kept_floats(kept_rows(z).rows * padded16(z.tokens)),
+  BackwardScratch(const TrainShape& z, bool recompute, bool through_reference, bool weights)
+      : kept_floats(kept_rows(z).rows * padded16(z.tokens)),
         sample(z.tokens * z.features),
+        sums(z, weights),
         scratch(backward_scratch_floats(z)),
         position(z.width * padded16(z.tokens)),
         forward(recompute || through_reference ? forward_scratch_floats(z) : 0),
         kept(recompute || through_reference ? kTrainSamples * kept_floats : 0),
         y(sample),
-        grad(through_reference ? 2 * kTrainSamples * sample : 0),
-        sums(weights ? floats_of_sums(z) : 0) {
-    int64_t offset = 0;
-    for (int64_t i = 0; weights && i < weight_count(z); ++i) {
-      sum.push_back(sums.get() + offset);
-      offset += sum_floats(z, i);
-    }
-  }
-
-  static int64_t floats_of_sums(const TrainShape& z) {
-    int64_t floats = 0;
-    for (int64_t i = 0; i < weight_count(z); ++i) floats += sum_floats(z, i);
-    return floats;
-  }
-
-  float* const* cleared_sums() {
-    if (sum.empty()) return nullptr;
-    std::fill_n(sums.get(), floats_of_sums(z), 0.0f);
-    return sum.data();
-  }
+        grad(through_reference ? 2 * kTrainSamples * sample : 0) {}
 };
 
 // One lasco_backward call: raw pointers and the steps of a task.
@@ -161,63 +132,6 @@ struct BackwardPass {
   }
 };
 
-// The gradient of every weight, filled task by task. A slot of one task writes its place at once; the parts of other
-// slots are kept apart and added in order.
-class WeightGradients {
- public:
-  WeightGradients(const TrainShape& z, const Plan& plan, at::TensorList proxies) : z_(z), plan_(plan) {
-    for (int64_t i = 0; i < weight_count(z); ++i) {
-      const auto [rows, columns] = weight_shape(z, i);
-      floats_.push_back(rows * std::max<int64_t>(1, columns));
-      grads.push_back(at::empty(proxies[i].sizes(), proxies[i].options().memory_format(at::MemoryFormat::Contiguous)));
-    }
-    total_ = std::accumulate(floats_.begin(), floats_.end(), int64_t{0});
-    int64_t parts = 0;
-    for (const int64_t count : plan.parts) {
-      first_part_.push_back(parts);
-      parts += count > 1 ? count : 0;
-    }
-    parts_ = activation_memory({parts, total_}, proxies[0].options());
-  }
-
-  std::vector<float*> place(const Task& task) {
-    const bool alone = plan_.parts[task.slot] == 1;
-    float* part = alone ? nullptr : parts_.mutable_data_ptr<float>() + (first_part_[task.slot] + task.part) * total_;
-    std::vector<float*> to;
-    for (size_t i = 0; i < floats_.size(); ++i) {
-      to.push_back(alone ? grads[i].mutable_data_ptr<float>() + task.slot * floats_[i] : part);
-      if (!alone) part += floats_[i];
-    }
-    return to;
-  }
-
-  // Adds the parts; slots without samples become zero.
-  void finish(int64_t slot) {
-    const int64_t parts = plan_.parts[slot];
-    if (parts == 1) return;
-    const float* from = parts == 0 ? nullptr : parts_.const_data_ptr<float>() + first_part_[slot] * total_;
-    for (size_t i = 0; i < floats_.size(); ++i) {
-      float* to = grads[i].mutable_data_ptr<float>() + slot * floats_[i];
-      std::fill_n(to, floats_[i], 0.0f);
-      if (parts == 0) continue;
-      for (int64_t part = 0; part < parts; ++part) {
-        const float* own = from + part * total_;
-        for (int64_t k = 0; k < floats_[i]; ++k) to[k] += own[k];
-      }
-      from += floats_[i];
-    }
-  }
-
-  std::vector<at::Tensor> grads;
-
- private:
-  const TrainShape& z_;
-  const Plan& plan_;
-  std::vector<int64_t> floats_, first_part_;
-  int64_t total_ = 0;
-  at::Tensor parts_;
-};
-
 // grad, h_in [B, T, F]; slot [B]; alpha [U]; shift [B, T, F] and kept as lasco_training_forward left them, or [0]
 // -> grad_h_in [B, T, F] ([0] unless input_grad), grad_alpha [U] ([0] without shift), grads of proxies [U, ...] ([]
 // unless weight_grad).
@@ -254,8 +168,13 @@ BackwardResult lasco_backward(const at::Tensor& grad, const at::Tensor& h_in, co
   const Networks own(z, proxies, slots);
   const Networks shared(z, through_reference ? reference : proxies, through_reference ? 0 : slots);
   at::Tensor grad_h = at::empty(input_grad ? h.sizes() : at::IntArrayRef{0}, h.options());
-  std::optional<WeightGradients> weights;
-  if (weight_grad) weights.emplace(z, plan, proxies);
+  std::vector<at::Tensor> grads;
+  std::vector<float*> places;
+  for (int64_t i = 0; weight_grad && i < weight_count(z); ++i) {
+    grads.push_back(at::empty(proxies[i].sizes(), proxies[i].options().memory_format(at::MemoryFormat::Contiguous)));
+    places.push_back(grads.back().mutable_data_ptr<float>());
+  }
+  WeightGradients weights(z, plan, places, h.options());
   std::vector<double> products(along ? batch : 0);
   const BackwardPass pass{z,
                           plan,
@@ -276,9 +195,9 @@ BackwardResult lasco_backward(const at::Tensor& grad, const at::Tensor& h_in, co
         pass.along(plan.tasks[i].begin, plan.tasks[i].end, memory.sample);
         continue;
       }
-      float* const* sums = memory.cleared_sums();
+      float* const* sums = memory.sums.cleared();
       pass.proxy(plan.tasks[i], memory, sums);
-      if (weight_grad) pass.run.collect(z, sums, weights->place(plan.tasks[i]).data());
+      if (weight_grad) pass.run.collect(z, sums, weights.place(plan.tasks[i]).data());
       if (through_reference) pass.reference(plan.tasks[i], memory);
     }
   });
@@ -290,9 +209,9 @@ BackwardResult lasco_backward(const at::Tensor& grad, const at::Tensor& h_in, co
   }
   if (!weight_grad) return {grad_h, grad_alpha, {}};
   at::parallel_for(0, slots, 1, [&](int64_t first, int64_t last) {
-    for (int64_t u = first; u < last; ++u) weights->finish(u);
+    for (int64_t u = first; u < last; ++u) weights.finish(u);
   });
-  return {grad_h, grad_alpha, weights->grads};
+  return {grad_h, grad_alpha, grads};
 }
 
 }  // namespace

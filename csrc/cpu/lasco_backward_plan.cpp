@@ -105,6 +105,12 @@ TrainNetwork Networks::get(int64_t slot, float* position) const {
   return {shape_, weights, position};
 }
 
+int64_t backward_samples(int64_t batch) {
+  // About 16 tasks a batch: their sums of a weight's gradient are added task by task.
+  const int64_t samples = std::clamp<int64_t>(batch / 16, 16, 128);
+  return samples / kTrainSamples * kTrainSamples;
+}
+
 Plan::Plan(const TrainShape& shape, const at::Tensor& slot, int64_t slots, int64_t samples)
     : rows(slot.size(0)), parts(slots, 0) {
   const int64_t batch = slot.size(0);

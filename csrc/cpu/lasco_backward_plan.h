@@ -55,6 +55,9 @@ class Networks {
   std::vector<const float*> pointers_;
 };
 
+// Samples of one slot that a task of the backward takes.
+int64_t backward_samples(int64_t batch);
+
 // Samples rows[begin, end) of one slot.
 struct Task {
   int64_t slot, begin, end;

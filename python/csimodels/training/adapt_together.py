@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 import csikernels
-from csikernels import SamBank, lasco_forward
+from csikernels import SamBank, lasco_forward, lasco_squared_error
 from csimodels.evaluation.metrics import nmse_db
 from csimodels.models.channel_transformer import ChannelTransformer
 from csimodels.models.lasco import Proxy, shift
@@ -208,10 +208,7 @@ class _BankTrainer:
         h_in, target, base, reference = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
         slots = torch.tensor(active).repeat_interleave(train.batch_size)
         self.optimizer.zero_grad()
-        estimate = self._estimate(h_in, base, reference, slots)
-        # squared_error of each slot. A norm per sample takes fewer passes over the batch than its squares would.
-        norms = torch.linalg.vector_norm((estimate - target).flatten(1), dim=1)
-        losses = norms.square().view(len(active), -1).mean(1) / target[0].numel()
+        losses = self._squared_errors(h_in, base, reference, slots, target)[active] / (target.numel() // len(active))
         losses.sum().backward()
         if self.bank.alpha.grad is not None:
             self.bank.alpha.grad.mul_(self.learns_alpha)  # no gradient, no decay: AdamW leaves these as they are
@@ -243,6 +240,16 @@ class _BankTrainer:
         nothing = torch.zeros_like(h_in)
         proxy = lasco_forward(h_in, nothing, self.bank, slots, reference_output=nothing)
         return shift(base, proxy, reference, self.bank.alpha[slots].view(-1, 1, 1))
+
+    def _squared_errors(
+        self, h_in: torch.Tensor, base: torch.Tensor, reference: torch.Tensor, slots: torch.Tensor, target: torch.Tensor
+    ) -> torch.Tensor:
+        """Of every slot in the bank, summed over its samples."""
+        if self.config.form == "collaborate":
+            return lasco_squared_error(h_in, base, self.bank, slots, target, reference_output=reference)
+        # A norm per sample takes fewer passes over the batch than its squares would.
+        norms = torch.linalg.vector_norm((self._estimate(h_in, base, reference, slots) - target).flatten(1), dim=1)
+        return norms.new_zeros(self.bank.slots).index_add(0, slots, norms.square())
 
     def _predict(self, slots: Sequence[int], split: str, samples: int = 1024) -> Iterator[tuple[int, torch.Tensor]]:
         """Estimates of the samples of each slot, piece by piece."""
