@@ -1,4 +1,4 @@
-# make install        a virtual environment in .venv with everything for development
+# make install        a virtual environment in .venv with everything for development; install-test adds the tests' extras
 # make demo           the main job on unseen environments, with table and figures
 # make demo-checkpoints  the demo's pre-trained models, from a fixed seed (over an hour)
 # make test | bench | lint
@@ -18,21 +18,26 @@ STAMP := $(VENV)/.installed
 TEST_STAMP := $(VENV)/.installed-test
 CPP_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 
-.PHONY: install demo demo-checkpoints test bench lint asan cuda-check gpu-report
+.DELETE_ON_ERROR:
+.PHONY: install install-test demo demo-checkpoints test bench lint asan cuda-check gpu-report
 
 install: $(STAMP)
+install-test: $(TEST_STAMP)
 
 # Python sources need no new installation (it is editable); what setup.py reads does.
-$(STAMP): pyproject.toml setup.py $(CPP_FILES)
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet "$(TORCH)" "setuptools>=77" ninja
+$(STAMP): pyproject.toml setup.py $(CPP_FILES) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[dev]"
 	touch $@
 
-# The tests also compare with Sionna, bitsandbytes and PEFT; without these extras they would skip.
-$(TEST_STAMP): $(STAMP)
+# The tests also compare with Sionna, bitsandbytes and PEFT; without these extras they would skip. Whoever installs for
+# the tests has installed for all else: the extension is compiled once.
+$(TEST_STAMP): pyproject.toml setup.py $(CPP_FILES) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[dev,llm,sionna]"
-	touch $@
+	touch $(STAMP) $@
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+	$@ -m pip install --quiet "$(TORCH)" "setuptools>=77" ninja
 
 demo: $(STAMP)
 	$(BIN)/csimodels demo
