@@ -9,66 +9,101 @@ namespace csikernels::cpu::avx512 {
 
 namespace {
 
+// 2^(i / 32)
+alignas(64) constexpr float kPowers[32] = {
+    1.0f,        1.02189720f, 1.04427373f, 1.06714046f, 1.09050775f, 1.11438680f, 1.13878858f, 1.16372490f,
+    1.18920708f, 1.21524739f, 1.24185777f, 1.26905096f, 1.29683959f, 1.32523668f, 1.35425556f, 1.38390994f,
+    1.41421354f, 1.44518077f, 1.47682619f, 1.50916445f, 1.54221082f, 1.57598090f, 1.61049032f, 1.64575553f,
+    1.68179286f, 1.71861935f, 1.75625217f, 1.79470909f, 1.83400810f, 1.87416768f, 1.91520655f, 1.95714414f,
+};
+
+// terms[i] = 2^(coefficient * differences[i]^2), coefficient <= 0; 1 for 0, and 0 where it underflows. N at a time, one
+// step after the other: in the order of the terms, a processor's window would hold too few of them to fill its pipes.
+//
+// The exponent is n / 32 + t with whole n and |t| <= 1/64: 2^(n / 32) from the table and 2^t by a polynomial of
+// degree 2. Relative error in units of 2^-24: table 1, polynomial 0.9, last addition 1, so less than 3.
+template <int N>
+CSIKERNELS_INLINE void squared_terms(const F32 (&differences)[N], F32 coefficient, F32 (&terms)[N]) {
+  const F32 to_whole = broadcast(393216.0f);  // 1.5 * 2^23 / 32: the lowest bits of the sum are n
+  const __m512 low = _mm512_load_ps(kPowers), high = _mm512_load_ps(kPowers + 16);
+  F32 square[N], shifted[N], nearest[N], power[N], rest[N], slope[N];
+#pragma GCC unroll 4
+  for (int i = 0; i < N; ++i) square[i] = differences[i] * differences[i];
+#pragma GCC unroll 4
+  for (int i = 0; i < N; ++i) shifted[i] = fma(square[i], coefficient, to_whole);
+#pragma GCC unroll 4
+  for (int i = 0; i < N; ++i) nearest[i] = shifted[i] - to_whole;
+#pragma GCC unroll 4
+  for (int i = 0; i < N; ++i) power[i] = {_mm512_permutex2var_ps(low, _mm512_castps_si512(shifted[i].v), high)};
+#pragma GCC unroll 4
+  for (int i = 0; i < N; ++i) power[i] = {lanes_scale(power[i].v, nearest[i].v)};
+#pragma GCC unroll 4
+  for (int i = 0; i < N; ++i) rest[i] = fma(square[i], coefficient, -nearest[i]);
+#pragma GCC unroll 4
+  for (int i = 0; i < N; ++i) slope[i] = fma(broadcast(0.24022827f), rest[i], broadcast(0.6931573f));
+#pragma GCC unroll 4
+  for (int i = 0; i < N; ++i) rest[i] = rest[i] * power[i];
+#pragma GCC unroll 4
+  for (int i = 0; i < N; ++i) terms[i] = fma(slope[i], rest[i], power[i]);
+}
+
 // As strip_sums, without planes of terms, for neighbours at most a vector to the right: x of four corners makes all
 // terms between them, and the term of the pair that lies `across` to the left comes from the vector before.
 //   beside p   (p, p + across)           straight  (p, p + down)
 //   falling p  (p, p + down + across)    rising    (p + across, p + down)
-// Every element gets `below` from the pairs with the row below and its own, and `above` from the elements above it.
+// Every element gets the terms with the row below and its own, and what the element `down` above it has given.
 void strip_sums_in_registers(const float* x, int64_t rows, const PaddedImage& layout, F32 coefficient, float* terms,
                              int32_t* keys) {
   const int64_t across = layout.pad_columns, down = layout.pad_rows * layout.stride, n = rows * layout.stride;
-  const int64_t width = layout.width, stride = layout.stride;
   float* const given = terms + (down + 15) / 16 * 16;  // [-down, n): what p gives to p + down
-  float* const kept = given + (n + 31) / 16 * 16;      // [0, n)
   const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   const __m512i shift = _mm512_add_epi32(lanes, _mm512_set1_epi32(static_cast<int>(16 - across)));
+  const __m512i turn = _mm512_add_epi32(lanes, _mm512_set1_epi32(static_cast<int>(across)));
   const auto before = [&](F32 previous, F32 current) __attribute__((always_inline)) {
     return F32{_mm512_permutex2var_ps(previous.v, shift, current.v)};
   };
-  const auto term = [&](F32 a, F32 b) __attribute__((always_inline)) {
-    const F32 difference = a - b;
-    return exp2_of_nonpositive(difference * difference * coefficient);
-  };
+  // The vector before the first, from one whose lane 0 lies `across` to the left.
+  const auto at_end = [&](F32 a) __attribute__((always_inline)) { return F32{_mm512_permutexvar_ps(turn, a.v)}; };
 
-  // Above the strip. The first vectors have none before them: what stands `across` to the left is computed.
-  F32 falling = {}, falling_before = term(load(x - down - across), load(x));
-  for (int64_t p = -down; p < 0; p += 16) {
+  F32 outside[1];
+  squared_terms<1>({load(x - down - across) - load(x)}, coefficient, outside);
+  F32 last_falling = at_end(outside[0]);
+  for (int64_t p = -down; p < 0; p += 16) {  // above the strip
     const F32 centre = load(x + p), below = load(x + p + down);
-    const F32 previous = falling;
-    falling = term(centre, load(x + p + down + across));
-    if (p > -down) falling_before = before(previous, falling);
-    store(given + p, (falling_before + term(load(x + p + across), below)) + term(centre, below));
+    F32 term[3];
+    squared_terms<3>({centre - load(x + p + down + across), load(x + p + across) - below, centre - below}, coefficient,
+                     term);
+    const auto [falling, rising, straight] = term;
+    store(given + p, (before(last_falling, falling) + rising) + straight);
+    last_falling = falling;
   }
-  F32 beside = {}, rising = {};
-  const F32 left = load(x - across), low_left = load(x + down - across);
-  F32 beside_before = term(left, load(x)), rising_before = term(load(x), low_left);
-  falling_before = term(left, load(x + down));
+  F32 left[3];
+  const F32 low_left = load(x + down - across);
+  squared_terms<3>({load(x - across) - load(x), load(x) - low_left, load(x - across) - load(x + down)}, coefficient,
+                   left);
+  F32 last_pair = at_end(left[0] + left[1]);
+  last_falling = at_end(left[2]);
   for (int64_t p = 0; p < n; p += 16) {
-    const F32 previous_beside = beside, previous_falling = falling, previous_rising = rising;
     const F32 centre = load(x + p), right = load(x + p + across), below = load(x + p + down);
-    beside = term(centre, right), rising = term(right, below);
-    falling = term(centre, load(x + p + down + across));
-    const F32 straight = term(centre, below);
-    if (p > 0) {
-      beside_before = before(previous_beside, beside);
-      falling_before = before(previous_falling, falling);
-      rising_before = before(previous_rising, rising);
-    }
-    store(given + p, (falling_before + rising) + straight);
-    store(kept + p, ((beside + beside_before) + (falling + rising_before)) + straight);
-  }
-  for (int64_t i = 0; i < rows; ++i) {  // what a row writes too much, the next one overwrites
-    const float *const own = kept + i * stride, *const gifts = given + i * stride - down;
-    for (int64_t j = 0; j < width; j += 16) {
-      store_keys(keys + i * width + j, (IntLanes)(load(own + j) + load(gifts + j)).v);
-    }
+    F32 term[4];
+    squared_terms<4>({centre - right, right - below, centre - load(x + p + down + across), centre - below}, coefficient,
+                     term);
+    const auto [beside, rising, falling, straight] = term;
+    const F32 pair = beside + rising, from_above = load(given + p - down);
+    store(given + p, (before(last_falling, falling) + rising) + straight);
+    const F32 sum = (before(last_pair, pair) + (beside + falling)) + (straight + from_above);
+    last_pair = pair, last_falling = falling;
+    const __mmask16 inside = layout.inside[p / 16];
+    _mm512_storeu_si512(keys, _mm512_maskz_compress_epi32(inside, _mm512_castps_si512(sum.v)));
+    keys += __builtin_popcount(inside);
   }
 }
 
 void neighbour_sums_in_registers(const float* padded, const PaddedImage& layout, float coefficient, float* terms,
                                  int32_t* keys) {
+  const bool in_registers = layout.pad_columns <= kVector && layout.pad_rows * layout.stride >= kVector;
   neighbour_sums_by_strips(padded, layout, coefficient, terms, keys,
-                           layout.pad_columns <= kVector ? strip_sums_in_registers : strip_sums);
+                           in_registers ? strip_sums_in_registers : strip_sums);
 }
 
 void count(const int32_t* keys, int64_t n, const int32_t* thresholds, int64_t* counts) {
@@ -109,6 +144,20 @@ int64_t keep(const int32_t* keys, int64_t n, int32_t low, int32_t high, int32_t*
   };
   for (; i + 16 <= n; i += 16) add(0xFFFF);
   if (i < n) add(first_lanes(static_cast<int>(n - i)));
+  return count;
+}
+
+int64_t narrow(int32_t* keys, int32_t* positions, int64_t n, int32_t high) {
+  const __m512i highest = _mm512_set1_epi32(high);
+  int64_t count = 0;
+  for (int64_t i = 0; i < n; i += 16) {
+    const __m512i key = _mm512_loadu_si512(keys + i), position = _mm512_loadu_si512(positions + i);
+    const __mmask16 there = n - i < 16 ? first_lanes(static_cast<int>(n - i)) : 0xFFFF;
+    const __mmask16 inside = _mm512_mask_cmple_epi32_mask(there, key, highest);
+    _mm512_storeu_si512(keys + count, _mm512_maskz_compress_epi32(inside, key));
+    _mm512_storeu_si512(positions + count, _mm512_maskz_compress_epi32(inside, position));
+    count += __builtin_popcount(inside);
+  }
   return count;
 }
 
@@ -247,7 +296,7 @@ void sort(const int32_t* keys, const int32_t* positions, int64_t count, int32_t*
 
 }  // namespace
 
-const InformationKernels information_kernels = with_own(neighbour_sums_in_registers, count, keep, sort);
+const InformationKernels information_kernels = with_own(neighbour_sums_in_registers, count, keep, narrow, sort);
 
 }  // namespace csikernels::cpu::avx512
 #endif

@@ -214,10 +214,22 @@ void exact_sums_of_doubles(const double* padded, const int64_t* positions, int64
   exact_sums(padded, positions, count, terms, scratch, nearest, total);
 }
 
+[[maybe_unused]] int64_t narrow_one_by_one(int32_t* keys, int32_t* positions, int64_t n, int32_t high) {
+  int64_t count = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const int32_t key = keys[i];
+    keys[count] = key;
+    positions[count] = positions[i];
+    count += key <= high;
+  }
+  return count;
+}
+
 // The table of an instruction set: these, and what each has of its own. `sort` may be missing.
 constexpr InformationKernels with_own(decltype(InformationKernels::neighbour_sums) own_sums,
                                       decltype(InformationKernels::count) count,
                                       decltype(InformationKernels::keep) keep,
+                                      decltype(InformationKernels::narrow) narrow,
                                       decltype(InformationKernels::sort) sort) {
   return {
       .pad = pad,
@@ -228,6 +240,7 @@ constexpr InformationKernels with_own(decltype(InformationKernels::neighbour_sum
       .descending_keys = descending_keys,
       .count = count,
       .keep = keep,
+      .narrow = narrow,
       .sort = sort,
       .certain = certain,
   };

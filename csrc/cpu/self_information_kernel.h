@@ -13,11 +13,11 @@
 // before each channel and after the last. A row's zeros on the right are those on the left of the next row, so every
 // neighbour of every element lies at a constant distance in memory and no border needs code of its own.
 //
-// One sample of [2, 32, 32], radius 3, m = 221: reads 8 KB, writes m * 12 bytes; 4 * 1.2 * 2,048 exponentials of 16
-// operations and 8 additions an element. Floor on the bench machine's AVX-512 with two multiply-adds a cycle, each
-// exponential needing eight: 0.6 us a sample and thread for the sums, 1.1 us with selection and sort. Measured: 1.7 us
-// (padding 0.1, sums 1.1, threshold and compress 0.3, sort 0.2), which is 65% of that floor; for 90% zeros, where tied
-// elements are settled in float64, about twice as long.
+// One sample of [2, 32, 32], radius 3, m = 221: reads 8 KB, writes m * 12 bytes; 4 * 1.2 * 2,048 exponentials of 15
+// operations and 7 additions an element. Floor on the bench machine's AVX-512, where two multiplications and two
+// additions a cycle leave three cycles for an exponential: 0.5 us a sample and thread for the sums, 0.9 us with
+// selection and sort. Measured: 1.45 us (padding 0.1, sums 0.8, threshold and compress 0.3, sort 0.2), which is 60% of
+// that floor; for 90% zeros, where tied elements are settled in float64, about twice as long.
 #pragma once
 
 #include <cstdint>
@@ -27,10 +27,11 @@ namespace csikernels::cpu {
 struct PaddedImage {
   int64_t channels, height, width;
   int64_t pad_rows, pad_columns;
-  int64_t stride;  // from one row to the next: width + pad_columns
-  int64_t plane;   // from one channel to the next: (height + pad_rows) * stride
-  int64_t origin;  // element (0, 0, 0): pad_rows * stride + pad_columns
-  int64_t size;    // everything: origin + channels * plane
+  int64_t stride;          // from one row to the next: width + pad_columns
+  int64_t plane;           // from one channel to the next: (height + pad_rows) * stride
+  int64_t origin;          // element (0, 0, 0): pad_rows * stride + pad_columns
+  int64_t size;            // everything: origin + channels * plane
+  const uint16_t* inside;  // bit i of inside[j]: what lies 16 j + i after a strip's first element is one, not padding
 
   int64_t numel() const { return channels * height * width; }
 };
@@ -84,6 +85,9 @@ struct InformationKernels {
   // Keys in low..high and their positions, in order of position. Returns how many.
   int64_t (*keep)(const int32_t* keys, int64_t n, int32_t low, int32_t high, int32_t* kept, int32_t* positions);
 
+  // Leaves those at most `high`, in order. Returns how many.
+  int64_t (*narrow)(int32_t* keys, int32_t* positions, int64_t n, int32_t high);
+
   // Sorts up to kNetwork pairs by key, equal keys in their given order, but for the lowest bits of keys that span more
   // than 2^24: the caller looks at neighbours anyway. Null where there is no such network.
   void (*sort)(const int32_t* keys, const int32_t* positions, int64_t count, int32_t* sorted_keys,
@@ -96,11 +100,11 @@ struct InformationKernels {
 constexpr int64_t kNetwork = 256;
 
 // How far apart two float32 sums S must be for their order to be that of the true sums. With u = 2^-24, the terms'
-// arguments t_k are right to 5u relative (difference, square, product, coefficient), exp2 to 2.5u and the sum of eight
-// to 4u, so S is right to u (6.5 S + 5 sum_k t_k exp(-t_k)); that last sum is at most 8 - S, and at most S ln(8 / S).
+// arguments t_k are right to 5u relative (difference, square, product, coefficient), exp2 to 3u and the sum of eight
+// to 4u, so S is right to u (7 S + 5 sum_k t_k exp(-t_k)); that last sum is at most 8 - S, and at most S ln(8 / S).
 // Twice this, and a tenth more:
 //   margin = kMarginOfSum S + kMarginOfSpread min(8 - S, ln2 S binades),  2^-binades <= S / 8
-constexpr float kMarginOfSum = 14.5f / 16777216, kMarginOfSpread = 11.0f / 16777216, kLn2 = 0.6932f;
+constexpr float kMarginOfSum = 15.5f / 16777216, kMarginOfSpread = 11.0f / 16777216, kLn2 = 0.6932f;
 constexpr int32_t kBinadeOfEight = 127 + 3;
 // Below this S nothing is certain: terms underflow.
 constexpr int32_t kSmallestCertain = (127 - 64) << 23;

@@ -96,6 +96,11 @@ Ranking::Candidates Ranking::candidates() {
       const double guess = guess_ + keys_per_element_ * 20.0 * (static_cast<double>(t) - 1.5);
       thresholds[t] = static_cast<int32_t>(std::clamp<double>(guess, lowest_, highest_));
     }
+    if (sharp_) {
+      const Candidates found = narrowed(thresholds);
+      if (found.count > 0) return found;
+      sharp_ = false;
+    }
   } else {
     sample(thresholds);
   }
@@ -111,6 +116,7 @@ Ranking::Candidates Ranking::candidates() {
         if (count_high > count_low) {
           keys_per_element_ = static_cast<double>(high - low) / static_cast<double>(count_high - count_low);
         }
+        sharp_ = guessed_ && pass == 0;
         guess_ = static_cast<double>(threshold) + keys_per_element_ * static_cast<double>(aim - counts[t]);
         guessed_ = keys_per_element_ * 60 < static_cast<double>(threshold - lowest_);
         const int64_t count =
@@ -131,6 +137,28 @@ Ranking::Candidates Ranking::candidates() {
   }
   guessed_ = false;
   return {0, static_cast<int32_t>(high)};
+}
+
+// Of guessed thresholds, those of the last if they are not too many, or what is left of them under one of the others:
+// one pass over all keys instead of two. None where no threshold fits.
+Ranking::Candidates Ranking::narrowed(const int32_t* thresholds) {
+  constexpr int32_t lowest = std::numeric_limits<int32_t>::min();
+  const int64_t most = this->most(), aim = (m + most) / 2;
+  int32_t threshold = thresholds[kThresholds - 1];
+  int64_t count = kernels.keep(keys_, n, lowest, threshold, kept, positions);
+  if (count > most && count < 2 * most) {
+    int64_t counts[kThresholds];
+    kernels.count(kept, count, thresholds, counts);
+    for (int64_t t = kThresholds - 2; t >= 0 && count > most; --t) {
+      if (counts[t] > most) continue;
+      threshold = thresholds[t];
+      count = counts[t] < m ? 0 : kernels.narrow(kept, positions, count, threshold);
+    }
+  }
+  if (count < m || count > most) return {0, 0};
+  // The same images' next one differs by chance: follow slowly.
+  guess_ += 0.25 * (threshold + keys_per_element_ * static_cast<double>(aim - count) - guess_);
+  return {count, threshold};
 }
 
 void Ranking::sort_coarsely(const int32_t* keys, const int32_t* places, int64_t count) {

@@ -47,12 +47,13 @@ class Ranking {
 
  private:
   int64_t most() const;
+  Candidates narrowed(const int32_t* thresholds);
   void sample(int32_t* thresholds);
   void radix_sort(const int32_t* keys, const int32_t* positions, int64_t count);
 
   int64_t lowest_, highest_;
   double guess_ = 0, keys_per_element_ = 0;
-  bool guessed_ = false;
+  bool guessed_ = false, sharp_ = false;  // whether there is a guess, and whether it was right at once
   int32_t* keys_;
   Scratch<int32_t> memory_;
 };

@@ -28,6 +28,6 @@ int64_t keep(const int32_t* keys, int64_t n, int32_t low, int32_t high, int32_t*
 
 }  // namespace
 
-const InformationKernels information_kernels = with_own(neighbour_sums, count, keep, nullptr);
+const InformationKernels information_kernels = with_own(neighbour_sums, count, keep, narrow_one_by_one, nullptr);
 
 }  // namespace csikernels::cpu::scalar

@@ -39,6 +39,20 @@ int64_t terms_size(const PaddedImage& layout) {
   return 5 * (halo + strip_rows(layout) * layout.stride + 2 * kSlack) + 2 * kSlack;
 }
 
+// PaddedImage::inside for a whole strip.
+std::vector<uint16_t> places_inside(const PaddedImage& layout) {
+  const int64_t rows = strip_rows(layout);
+  std::vector<uint16_t> inside(rows * layout.stride / 16 + 1);
+  for (int64_t row = 0; row < rows; ++row) {
+    const int64_t end = row * layout.stride + layout.width;
+    for (int64_t from = row * layout.stride, to; from < end; from = to) {
+      to = std::min(end, (from / 16 + 1) * 16);
+      inside[from / 16] |= static_cast<uint16_t>(((1u << (to - from)) - 1) << from % 16);
+    }
+  }
+  return inside;
+}
+
 // Neighbourhood ------------------------------------------------------------------------------------------------------
 
 Neighbourhood::Neighbourhood(int64_t channels, int64_t height, int64_t width, double b,
@@ -52,7 +66,8 @@ Neighbourhood::Neighbourhood(int64_t channels, int64_t height, int64_t width, do
             .stride = 0,
             .plane = 0,
             .origin = 0,
-            .size = 0};
+            .size = 0,
+            .inside = nullptr};
   // Whatever is further away than the array is wide is outside; no more padding than that is needed.
   std::vector<std::pair<int64_t, int64_t>> pairs;
   for (size_t k = 0; k < offsets.size(); k += 2) {
@@ -69,6 +84,8 @@ Neighbourhood::Neighbourhood(int64_t channels, int64_t height, int64_t width, do
   layout.plane = (height + layout.pad_rows) * layout.stride;
   layout.origin = layout.pad_rows * layout.stride + layout.pad_columns;
   layout.size = layout.origin + channels * layout.plane + layout.pad_columns;
+  inside = places_inside(layout);
+  layout.inside = inside.data();
 
   unsigned seen = 0;  // cells of the 3x3 grid
   for (const auto& [row, column] : pairs) {

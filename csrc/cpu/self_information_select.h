@@ -14,15 +14,17 @@ namespace csikernels::cpu {
 // What one call asks for, the same for all its samples.
 struct Neighbourhood {
   Neighbourhood(int64_t channels, int64_t height, int64_t width, double bandwidth, std::span<const int64_t> offsets);
+  Neighbourhood(const Neighbourhood&) = delete;  // `layout` points into it
 
   PaddedImage layout;
-  int64_t count;                // offsets
-  int64_t centres;              // how many of them are (0, 0)
-  std::vector<int64_t> shifts;  // the others, as distances in the padded image
-  bool fast;                    // the others are a 3x3 grid's, and the bandwidth is one that float32 can scale by
-  double scale;                 // a power of two that brings the bandwidth into 1..2, exact to multiply with
-  double bandwidth;             // after scaling
-  double log2_norm;             // log2(K sqrt(2 pi) b)
+  std::vector<uint16_t> inside;  // that of `layout`
+  int64_t count;                 // offsets
+  int64_t centres;               // how many of them are (0, 0)
+  std::vector<int64_t> shifts;   // the others, as distances in the padded image
+  bool fast;                     // the others are a 3x3 grid's, and the bandwidth is one that float32 can scale by
+  double scale;                  // a power of two that brings the bandwidth into 1..2, exact to multiply with
+  double bandwidth;              // after scaling
+  double log2_norm;              // log2(K sqrt(2 pi) b)
 };
 
 // select_informative and self_information for samples of float32 or float64, one thread's part of a batch.
