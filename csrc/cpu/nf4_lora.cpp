@@ -58,8 +58,23 @@ Layer layer_for(at::ScalarType x) {
 #if defined(__x86_64__)
   if (x == at::kBFloat16 && capability() >= Capability::avx512_bf16) {
     using namespace avx512_bf16;
-    return Layer{at::kBFloat16,    16,     2,     128,         true, 8, permute, panel, pack, pack_for_panel, multiply,
-                 store_transposed, finish, inner, multiply_few};
+    return Layer{at::kBFloat16,
+                 16,
+                 2,
+                 128,
+                 true,
+                 8,
+                 permute,
+                 panel,
+                 pack,
+                 pack_for_panel,
+                 multiply,
+                 store_transposed,
+                 finish,
+                 inner,
+                 multiply_few,
+                 pack_for_rows,
+                 multiply_by_rows};
   }
 #endif
   return float_layer();

@@ -38,6 +38,8 @@ struct Layer {
   Finish* finish;
   Inner* inner;
   MultiplyFew* multiply_few;
+  PackForRows* pack_for_rows = nullptr;  // this and the next, or nothing
+  MultiplyByRows* multiply_by_rows = nullptr;
 
   int64_t element_bytes() const { return 4 / step; }
 };

@@ -54,7 +54,22 @@ struct FewTokens {
   int64_t begin, end;
 };
 
+// y [tokens, n] = x W^T + B t + bias for rows begin..end of W, all operands bfloat16, rows of W along the lanes.
+struct RowLanes {
+  NF4Matrix weight;    // k and the block multiples of 64
+  int64_t tokens;      // 1..kTokensByRows
+  const uint32_t* x;   // [eight tokens][k / 2][8], see PackForRows
+  const uint32_t* t;   // scaling * x A^T as pairs of neighbours, [eight tokens][rank / 2][8]
+  const void* lora_b;  // [n, rank]
+  int64_t rank;        // even
+  const float* bias;   // [n] or nothing
+  void* y;
+  int64_t begin, end;
+};
+
 constexpr int64_t kFewTokens = 8;
+constexpr int64_t kTokensByRows = 16;
+constexpr int64_t kTokensAtOnce = 8;
 constexpr int64_t kMaxLanes = 16;
 
 // Elements of one permuted token: whole groups of 128.
@@ -86,6 +101,10 @@ using Inner = void(const void* x, int64_t tokens, int64_t k, const void* lora_a,
 // x [tokens, k] in the order in which MultiplyFew looks levels up, filled up with zeros to permuted_k(k).
 using Permute = void(const void* x, int64_t tokens, int64_t k, void* out);
 using MultiplyFew = void(const FewTokens& job);
+// Up to 8 tokens, x [tokens, k], as pairs in the order in which MultiplyByRows looks levels up, [k / 2][8]; tokens that
+// are missing are 0.
+using PackForRows = void(const void* x, int64_t tokens, int64_t k, uint32_t* out);
+using MultiplyByRows = void(const RowLanes& job);
 
 #define CSIKERNELS_NF4_FLOAT32      \
   Dequantize dequantize;            \
@@ -119,6 +138,8 @@ Finish finish;
 Inner inner;
 Permute permute;
 MultiplyFew multiply_few;
+PackForRows pack_for_rows;
+MultiplyByRows multiply_by_rows;
 }  // namespace avx512_bf16
 
 }  // namespace csikernels::cpu

@@ -54,6 +54,35 @@ void multiply_few_tokens(const Operands& o) {
   });
 }
 
+bool by_rows(const Layer& layer, const NF4Matrix& weight, int64_t tokens) {
+  return layer.multiply_by_rows != nullptr && tokens <= kTokensByRows && weight.k % 64 == 0 && weight.log_block >= 6;
+}
+
+void multiply_tokens_by_rows(const Operands& o) {
+  const Layer& layer = o.layer;
+  const int64_t n = o.weight.n, k = o.weight.k, eights = ceil_div(o.tokens, kTokensAtOnce), pairs = o.rank / 2;
+  const int64_t x_eight = k / 2 * kTokensAtOnce, t_eight = pairs * kTokensAtOnce;
+  const Scratch<uint32_t> x(eights * x_eight), t(eights * t_eight);
+  at::parallel_for(0, eights, 1, [&](int64_t begin, int64_t end) {
+    const Scratch<float> sums(kTokensAtOnce * o.rank);
+    const Scratch<uint32_t> narrow(t_eight);
+    for (int64_t eight = begin; eight < end; ++eight) {
+      const int64_t first = eight * kTokensAtOnce, here = std::min(kTokensAtOnce, o.tokens - first);
+      const char* from = o.x + first * k * layer.element_bytes();
+      layer.pack_for_rows(from, here, k, x.get() + eight * x_eight);
+      layer.inner(from, here, k, o.lora_a, o.rank, o.scaling, sums.get());
+      layer.finish(sums.get(), nullptr, here * o.rank, narrow.get());
+      for (int64_t i = 0; i < t_eight; ++i) {
+        const int64_t pair = i / kTokensAtOnce, token = i % kTokensAtOnce;
+        t.get()[eight * t_eight + i] = token < here ? narrow.get()[token * pairs + pair] : 0;
+      }
+    }
+  });
+  at::parallel_for(0, n, 16, [&](int64_t begin, int64_t end) {
+    layer.multiply_by_rows({o.weight, o.tokens, x.get(), t.get(), o.lora_b, o.rank, o.bias, o.out, begin, end});
+  });
+}
+
 // x and t in the order of the product, one group of tokens at a time.
 struct PackedTokens {
   bool wide;
@@ -186,7 +215,12 @@ at::Tensor linear(const at::Tensor& x, const NF4Matrix& weight, const at::Tensor
                           bias ? offset.const_data_ptr<float>() : nullptr,
                           static_cast<float>(scaling),
                           static_cast<char*>(out.mutable_data_ptr())};
-  if (tokens > 0 && weight.n > 0) few ? multiply_few_tokens(operands) : multiply_many_tokens(operands);
+  if (tokens > 0 && weight.n > 0) {
+    const auto multiply = few                              ? multiply_few_tokens
+                          : by_rows(layer, weight, tokens) ? multiply_tokens_by_rows
+                                                           : multiply_many_tokens;
+    multiply(operands);
+  }
   return out.to(x.scalar_type());
 }
 
