@@ -62,6 +62,32 @@ def test_any_size(backend, seed):
             assert (got - expected).norm() <= rounding * (expected.norm() + 1e-3), name
 
 
+@pytest.mark.parametrize("tokens", [9, 13, 16])
+@pytest.mark.parametrize(
+    ("n", "k", "rank", "block"),
+    [
+        (1, 64, 0, 64),
+        (17, 192, 3, 64),
+        (33, 1024, 16, 128),
+        (49, 1088, 40, 64),
+        (97, 2240, 33, 4096),
+        (130, 128, 2, 32),
+    ],
+)
+def test_a_handful_of_tokens(backend, tokens, n, k, rank, block):
+    # Multiples of 64 columns, which have a kernel of their own in bfloat16: parts of vectors, chunks and scales.
+    weight = nf4_quantize(gaussian(n, k) / k**0.5, block)
+    lora_a, lora_b = (gaussian(rank, k, seed=1) / k**0.5).bfloat16(), gaussian(n, rank, seed=2).bfloat16()
+    x, bias = gaussian(tokens, k, dtype=torch.bfloat16, seed=3), gaussian(n, seed=4)
+    x[tokens - 1, k - 1] = float("nan")
+    result = nf4_lora_linear(x, weight, lora_a, lora_b, scaling=0.5, bias=bias)
+    assert result[tokens - 1].isnan().all()
+    wanted = dense(x, weight, lora_a, lora_b, 0.5, bias)[:-1]
+    error = (result[:-1] - wanted).abs().amax(dim=0)
+    assert (error <= 2 * torch.finfo(torch.bfloat16).eps * wanted.abs().amax()).all()
+    assert (result[:-1] - wanted).norm() <= 0.005 * wanted.norm()
+
+
 @pytest.mark.parametrize("tokens", [1, 16, 40])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_of_x_may_lie_anywhere(backend, tokens, dtype):

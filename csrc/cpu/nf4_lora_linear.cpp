@@ -15,6 +15,7 @@ namespace csikernels::cpu::nf4_lora {
 namespace {
 
 constexpr int64_t kFewWorkPerThread = 1 << 18;  // weights times tokens that one thread does in a few microseconds
+constexpr int64_t kInnerPerThread = 1 << 15;    // elements of A that one thread reads in a microsecond or two
 constexpr int64_t kBlockUnits = 256;            // of 4 bytes: three groups of 16 tokens and this many steps fit L1
 constexpr int64_t kWideBlockUnits = 512;        // two groups
 constexpr int64_t kPanelRows = 128;             // times kBlockUnits: 128 KB of L2
@@ -41,7 +42,17 @@ void multiply_few_tokens(const Operands& o) {
   const Scratch<char> permuted(o.tokens * x_elements * layer.element_bytes());
   if (layer.permute != nullptr) layer.permute(o.x, o.tokens, k, permuted.get());
   const Scratch<float> t(o.tokens * o.rank), sums(o.tokens * n);
-  layer.inner(o.x, o.tokens, k, o.lora_a, o.rank, o.scaling, t.get());
+  if (o.tokens == 1) {
+    // A seldom stays in a core's own cache between calls: reading it takes longer than waking a second thread.
+    constexpr int64_t rows = 8;
+    at::parallel_for(
+        0, ceil_div(o.rank, rows), std::max<int64_t>(1, kInnerPerThread / (rows * k)), [&](int64_t begin, int64_t end) {
+          const int64_t first = begin * rows, here = std::min(end * rows, o.rank) - first;
+          layer.inner(o.x, 1, k, o.lora_a + first * k * layer.element_bytes(), here, o.scaling, t.get() + first);
+        });
+  } else {
+    layer.inner(o.x, o.tokens, k, o.lora_a, o.rank, o.scaling, t.get());
+  }
   const void* x = layer.permute != nullptr ? permuted.get() : o.x;
   const int64_t grain = std::max<int64_t>(16, kFewWorkPerThread / (k * o.tokens));
   at::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) {
