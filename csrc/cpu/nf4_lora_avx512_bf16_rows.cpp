@@ -90,15 +90,22 @@ CSIKERNELS_INLINE void multiply_block(const uint32_t* words, const uint32_t* x, 
   }
 }
 
-// Rows n .. n + 16 V as far as they are below `end`.
+// Rows n .. n + 16 V as far as they are below `end`, in vectors of `here` rows from `first`.
 template <int V>
-__attribute__((noinline)) void multiply_tile(const RowLanes& job, int64_t n, int64_t end, __m512i table, Tile& tile) {
-  const int64_t k = job.weight.k, eights = (job.tokens + kEight - 1) / kEight, x_eight = k / 2 * kEight;
-  int64_t here[V], first[V];
-  for (int v = 0; v < V; ++v) {
-    first[v] = n + 16 * v < end ? n + 16 * v : end - 1;
-    here[v] = end - first[v] < 16 ? end - first[v] : 16;
+struct TileRows {
+  int64_t n, end, first[V], here[V];
+
+  TileRows(int64_t n, int64_t end) : n(n), end(end) {
+    for (int v = 0; v < V; ++v) {
+      first[v] = n + 16 * v < end ? n + 16 * v : end - 1;
+      here[v] = end - first[v] < 16 ? end - first[v] : 16;
+    }
   }
+};
+
+// total = B t
+template <int V>
+CSIKERNELS_INLINE void start_tile(const RowLanes& job, const TileRows<V>& rows, int64_t eights, Tile& tile) {
   for (int64_t eight = 0; eight < eights; ++eight) {
     for (int v = 0; v < V; ++v) {
       for (int t = 0; t < kEight; ++t) _mm512_store_ps(tile.total[eight][v][t], _mm512_setzero_ps());
@@ -108,8 +115,8 @@ __attribute__((noinline)) void multiply_tile(const RowLanes& job, int64_t n, int
   for (int64_t pair = 0; pair < pairs; pair += 16) {
     const int64_t left = rank_bytes - 4 * pair;
     for (int v = 0; v < V; ++v) {
-      load_words(static_cast<const uint8_t*>(job.lora_b) + first[v] * rank_bytes + 4 * pair, rank_bytes, here[v],
-                 left >= 64 ? ~0ull : (1ull << left) - 1, tile.words[0][v]);
+      load_words(static_cast<const uint8_t*>(job.lora_b) + rows.first[v] * rank_bytes + 4 * pair, rank_bytes,
+                 rows.here[v], left >= 64 ? ~0ull : (1ull << left) - 1, tile.words[0][v]);
     }
     for (int64_t eight = 0; eight < eights; ++eight) {
       const uint32_t* t_pairs = job.t + (eight * pairs + pair) * kEight;
@@ -124,13 +131,34 @@ __attribute__((noinline)) void multiply_tile(const RowLanes& job, int64_t n, int
       }
     }
   }
+}
+
+// y = total + bias
+template <int V>
+CSIKERNELS_INLINE void store_tile(const RowLanes& job, const TileRows<V>& rows, const Tile& tile) {
+  for (int64_t token = 0; token < job.tokens; ++token) {
+    for (int v = 0; v < V && rows.n + 16 * v < rows.end; ++v) {
+      F32 value = load(tile.total[token / kEight][v][token % kEight]);
+      if (job.bias != nullptr) value = value + load_first(job.bias + rows.n + 16 * v, static_cast<int>(rows.here[v]));
+      uint16_t half[16];
+      store_bf16(half, value);
+      __builtin_memcpy(static_cast<uint16_t*>(job.y) + token * job.weight.n + rows.n + 16 * v, half, 2 * rows.here[v]);
+    }
+  }
+}
+
+template <int V>
+__attribute__((noinline)) void multiply_tile(const RowLanes& job, int64_t n, int64_t end, __m512i table, Tile& tile) {
+  const int64_t k = job.weight.k, eights = (job.tokens + kEight - 1) / kEight, x_eight = k / 2 * kEight;
+  const TileRows<V> rows(n, end);
+  start_tile(job, rows, eights, tile);
   // Words of the chunk at i, and scales of the span at i.
   const auto fetch_words = [&](int64_t i, int v) {
-    load_words(job.weight.packed + (first[v] * k + i) / 2, k / 2, here[v], k - i >= kChunk ? ~0ull : ~0ull >> 32,
-               tile.words[i / kChunk % 2][v]);
+    load_words(job.weight.packed + (rows.first[v] * k + i) / 2, k / 2, rows.here[v],
+               k - i >= kChunk ? ~0ull : ~0ull >> 32, tile.words[i / kChunk % 2][v]);
   };
   const auto fetch_scales = [&](int64_t i, int v) {
-    load_scales(job.weight, first[v] * k + i, here[v], (k - i < kSpan ? k - i : kSpan) / kBlock,
+    load_scales(job.weight, rows.first[v] * k + i, rows.here[v], (k - i < kSpan ? k - i : kSpan) / kBlock,
                 tile.scales[i / kSpan % 2][v]);
   };
   for (int v = 0; v < V; ++v) {
@@ -138,7 +166,8 @@ __attribute__((noinline)) void multiply_tile(const RowLanes& job, int64_t n, int
     fetch_scales(0, v);
   }
   for (int64_t i = 0; i < k; i += kChunk) {
-    const uint8_t* ahead = job.weight.packed + (n * k + i + (i + kAhead < k ? kAhead : 16 * V * k + kAhead - k)) / 2;
+    const uint8_t* ahead =
+        job.weight.packed + (rows.n * k + i + (i + kAhead < k ? kAhead : 16 * V * k + kAhead - k)) / 2;
     const int64_t next = i + kChunk, next_span = i / kSpan * kSpan + kSpan;
     int fetched = next < k ? 0 : V;
     for (int64_t block = 0; block < (k - i >= kChunk ? 2 : 1); ++block) {
@@ -169,15 +198,7 @@ __attribute__((noinline)) void multiply_tile(const RowLanes& job, int64_t n, int
     }
     while (fetched < V) fetch_words(next, fetched++);
   }
-  for (int64_t token = 0; token < job.tokens; ++token) {
-    for (int v = 0; v < V && n + 16 * v < end; ++v) {
-      F32 value = load(tile.total[token / kEight][v][token % kEight]);
-      if (job.bias != nullptr) value = value + load_first(job.bias + n + 16 * v, static_cast<int>(here[v]));
-      uint16_t half[16];
-      store_bf16(half, value);
-      __builtin_memcpy(static_cast<uint16_t*>(job.y) + token * job.weight.n + n + 16 * v, half, 2 * here[v]);
-    }
-  }
+  store_tile(job, rows, tile);
 }
 
 }  // namespace
