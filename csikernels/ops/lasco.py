@@ -91,8 +91,8 @@ def lasco_forward(
     hyper = bank.architecture.hyper()
     grad = torch.is_grad_enabled()
     keep_shift = grad and bank.alpha.requires_grad
-    learns = h_in.requires_grad or any(weight.requires_grad for weight in proxies)
-    keep = grad and learns and _compiled_training(h_in, bank)
+    keep = grad and (h_in.requires_grad or any(weight.requires_grad for weight in proxies))
+    keep = keep and _compiled_training(h_in, bank)
     if keep or reference_output is not None:
         reference = reference if reference_output is None else []
         return torch.ops.csikernels.lasco_training_forward(

@@ -28,8 +28,10 @@ class _Weights(nn.Module):
                 self.register_buffer(name, tensor)
 
     def tensors(self) -> list[Tensor]:
-        own: dict[str, Any] = {**self._parameters, **self._buffers}  # getattr would look through both for each name
-        return [own[name] if name in own else getattr(self, name) for name in self._names]
+        own: dict[str, Any] = self._parameters or self._buffers  # getattr would look through both for each name
+        if tuple(own) == self._names:
+            return list(own.values())
+        return [getattr(self, name) for name in self._names]  # some are computed, by a parametrization say
 
 
 class SamBank(nn.Module):

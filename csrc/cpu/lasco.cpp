@@ -1,5 +1,6 @@
 // CPU side of lasco_forward: checks, the parallel loop over samples, registration.
 #include <ATen/Parallel.h>
+#include <ATen/core/DimVector.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -58,7 +59,7 @@ double operations(const SamSizes& s) {
 // One entry of the flat weight list: whether it is the matrix of a product, and its shape without the slot.
 struct Entry {
   bool matrix;
-  std::vector<int64_t> shape;
+  at::DimVector shape;
 };
 
 std::vector<Entry> entries(const SamSizes& s) {
@@ -70,6 +71,7 @@ std::vector<Entry> entries(const SamSizes& s) {
     all.push_back({false, {rows}});
   };
   std::vector<Entry> all;
+  all.reserve(s.weights());
   linear(all, s.width, s.features);
   all.push_back({false, {s.tokens, s.width}});
   for (int64_t block = 0; block < s.layers; ++block) {
@@ -92,8 +94,11 @@ class Networks {
            bool stacked) {
     TORCH_CHECK_VALUE(weights.size() == expected.size(), name, ": expected ", expected.size(), " weights, got ",
                       weights.size());
+    kept_.reserve(weights.size());
+    first_.reserve(weights.size());
+    bytes_.reserve(weights.size());
     for (size_t i = 0; i < weights.size(); ++i) {
-      std::vector<int64_t> shape = expected[i].shape;
+      at::DimVector shape = expected[i].shape;
       if (stacked) shape.insert(shape.begin(), count);
       TORCH_CHECK_VALUE(weights[i].sizes() == at::IntArrayRef(shape), name, "[", i, "]: expected shape ",
                         at::IntArrayRef(shape), ", got ", weights[i].sizes());
