@@ -4,11 +4,14 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
+#include <c10/util/accumulate.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <string>
@@ -31,14 +34,22 @@ using WordsAndPack = std::tuple<at::Tensor, at::Tensor>;
 
 constexpr int64_t kComponentsPerThread = 1 << 15;  // fewer are packed faster than a thread wakes
 
-// The search walks through all of the pack, and jumps about in the words: fewer, larger pages miss the TLB less.
-void ask_for_huge_pages(const at::Tensor& tensor) {
+// A tensor, not initialised, on huge pages where the system has them: the search walks through all of the pack and
+// jumps about in the words, so fewer pages miss the TLB less; and a pack of about the size of the L2 cache fits into it
+// only if its memory is contiguous, or by luck.
+at::Tensor allocate(at::IntArrayRef sizes, const at::TensorOptions& options) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t page = 1 << 21;
-  const auto begin = reinterpret_cast<uintptr_t>(tensor.data_ptr());
-  const uintptr_t first = (begin + page - 1) / page * page, last = (begin + tensor.nbytes()) / page * page;
-  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // only a hint
+  constexpr size_t page = size_t{1} << 21;
+  const size_t bytes = static_cast<size_t>(c10::multiply_integers(sizes)) * options.dtype().itemsize();
+  const size_t whole = (bytes + page - 1) / page * page;
+  if (bytes >= page / 4) {
+    if (void* const data = std::aligned_alloc(page, whole)) {
+      madvise(data, whole, MADV_HUGEPAGE);  // only a hint
+      return at::from_blob(data, sizes, [](void* memory) { std::free(memory); }, options);
+    }
+  }
 #endif
+  return at::empty(sizes, options);  // or its error, where no memory is left
 }
 
 // One codeword on its way into a tile, with the scratch that one thread reuses.
@@ -153,10 +164,8 @@ WordsAndPack pack(const at::Tensor& codebook, c10::string_view precision) {
 
   const at::Tensor from = codebook.resolve_conj().resolve_neg().contiguous();
   // What had to be made contiguous is already a copy.
-  at::Tensor words = from.is_alias_of(codebook) ? at::empty(from.sizes(), from.options()) : from;
-  at::Tensor packed = at::empty({header.bytes()}, from.options().dtype(at::kByte));
-  ask_for_huge_pages(words);
-  ask_for_huge_pages(packed);
+  at::Tensor words = from.is_alias_of(codebook) ? allocate(from.sizes(), from.options()) : from;
+  at::Tensor packed = allocate({header.bytes()}, from.options().dtype(at::kByte));
   auto* bytes = packed.mutable_data_ptr<uint8_t>();
   std::memset(bytes, 0, header.tiles_at());
   std::memcpy(bytes, &header, sizeof(header));
