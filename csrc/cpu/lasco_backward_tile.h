@@ -187,53 +187,6 @@ __attribute__((noinline)) void add_outer(const Samples& y, int64_t y_row, const 
   for (; m < rows; ++m) outer_band<1>(y, m, y_row, x, x_row, count, tokens, c);
 }
 
-typedef float Quad __attribute__((vector_size(16)));
-
-CSIKERNELS_INLINE Quad load_quad(const float* p) {
-  Quad a;
-  __builtin_memcpy(&a, p, sizeof(a));
-  return a;
-}
-
-// Four floats from each of p, p + 4 row, p + 8 row ...: one quarter of a vector for each.
-template <int Lanes>
-CSIKERNELS_INLINE auto load_quads(const float* p, int64_t row) {
-  if constexpr (Lanes == 4) {
-    return load_quad(p);
-  } else {
-    const auto low = load_quads<Lanes / 2>(p, row), high = load_quads<Lanes / 2>(p + Lanes / 2 * row, row);
-    if constexpr (Lanes == 8) {
-      return __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7);
-    } else {
-      return __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    }
-  }
-}
-
-// Result i, i < 4, holds column i of F32::lanes rows. Rows come in quarters of vectors, so that all shuffles stay
-// within these: four rows of each quarter are a 4 x 4 transpose.
-CSIKERNELS_INLINE void load_columns(const float* from, int64_t row, F32 (&column)[4]) {
-  constexpr int n = F32::lanes;
-  IntLanes low, high, first, second;
-#pragma GCC unroll 16
-  for (int i = 0; i < n; ++i) {
-    const int quad = i / 4 * 4, place = i % 4;
-    low[i] = quad + place / 2 + place % 2 * n;
-    high[i] = low[i] + 2;
-    first[i] = quad + place % 2 + place / 2 * n;
-    second[i] = first[i] + 2;
-  }
-  F32 r[4];
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) r[i].v = load_quads<n>(from + i * row, row);
-  const FloatLanes a = __builtin_shuffle(r[0].v, r[1].v, low), b = __builtin_shuffle(r[2].v, r[3].v, low);
-  const FloatLanes c = __builtin_shuffle(r[0].v, r[1].v, high), d = __builtin_shuffle(r[2].v, r[3].v, high);
-  column[0].v = __builtin_shuffle(a, b, first);
-  column[1].v = __builtin_shuffle(a, b, second);
-  column[2].v = __builtin_shuffle(c, d, first);
-  column[3].v = __builtin_shuffle(c, d, second);
-}
-
 struct Unchanged {
   CSIKERNELS_INLINE F32 operator()(F32 a, int64_t, int64_t) const { return a; }
 };

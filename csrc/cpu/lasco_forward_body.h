@@ -72,11 +72,7 @@ class SamNetwork {
                                 const Sink& sink) {
     const float* bias = vector(index + 1) + first;
     const auto weights = Arithmetic::matrix(weights_[index], first, rows, depth, wide_);
-    product(weights, rows, depth, x, stride_, stride_, stream_,
-            [&]<int R, int V>(int64_t row, int64_t column, Tile<R, V> tile) CSIKERNELS_INLINE_LAMBDA {
-              for_tile<R, V>([&](int r, int v) { tile.at[r][v] = tile.at[r][v] + broadcast(bias[row + r]); });
-              sink(row, column, tile);
-            });
+    product(weights, rows, depth, x, stride_, stride_, stream_, sink, FromBias{bias});
   }
 
   // As `linear`, added to the residual stream.
@@ -131,9 +127,21 @@ class SamNetwork {
     }
   }
 
-  __attribute__((noinline)) void read_input(const float* h) {
+  // [T][F] as an operand. Adjacent features are pairs as they lie, which leaves half as much to transpose.
+  const Operand* read_features(const float* h) {
+    if constexpr (Arithmetic::kPairs) {
+      if (sizes_.features % 2 == 0) {
+        Arithmetic::round(h, sizes_.tokens * sizes_.features, reinterpret_cast<uint16_t*>(edge_));
+        read_tokens(edge_, sizes_.features / 2, reinterpret_cast<float*>(hidden_));
+        return hidden_;
+      }
+    }
     read_tokens(h, sizes_.features, edge_);
-    const Operand* input = as_operand(edge_, sizes_.features, hidden_);
+    return as_operand(edge_, sizes_.features, hidden_);
+  }
+
+  __attribute__((noinline)) void read_input(const float* h) {
+    const Operand* input = read_features(h);
     read_tokens(vector(2), sizes_.width, x_);
     linear(0, 0, sizes_.width, sizes_.features, input,
            [this]<int R, int V>(int64_t row, int64_t column, Tile<R, V> tile) CSIKERNELS_INLINE_LAMBDA {
@@ -152,7 +160,9 @@ class SamNetwork {
            [this]<int R, int V>(int64_t row, int64_t column, const Tile<R, V>& tile)
                CSIKERNELS_INLINE_LAMBDA { Arithmetic::store_values(value_, stride_, row, column, tile); });
     for (int64_t head = 0; head < sizes_.heads; ++head) {
-      for (int64_t column = 0; column < stride_; column += kTileColumns) attend(head, column);
+      int64_t column = 0;
+      for (; column + kTileColumns <= stride_; column += kTileColumns) attend<kTileVectors>(head, column);
+      if (column < stride_) attend<1>(head, column);
     }
     if (splits_pairs()) as_operand(loose_, width, mixed_);
     add_linear(index + 2, width, mixed_);
@@ -169,24 +179,29 @@ class SamNetwork {
     }
   }
 
-  // One head at the queries of one tile.
+  // One head at the queries of one tile, V vectors.
+  template <int V>
   __attribute__((noinline)) void attend(int64_t head, int64_t column) {
+    constexpr int64_t columns = V * F32::lanes;
     const int64_t tokens = sizes_.tokens, first = head * head_width_;
-    const int64_t columns = stride_ - column < kTileColumns ? stride_ - column : kTileColumns;
     const Operand* query = query_ + head * head_rows() * stride_ + column;
     const auto keys = Arithmetic::keys(key_ + head * head_rows() * stride_, stride_);
     product(keys, tokens, head_width_, query, stride_, columns,
-            [this]<int R, int V>(int64_t key, int64_t at, const Tile<R, V>& tile)
+            [this]<int R, int C>(int64_t key, int64_t at, const Tile<R, C>& tile)
                 CSIKERNELS_INLINE_LAMBDA { store_tile(score_, kTileColumns, key, at, tile); });
     // In place: an operand row takes no more room than the scores it comes from.
-    Operand* share = reinterpret_cast<Operand*>(score_);
+    Operand* weights = reinterpret_cast<Operand*>(score_);
     const float scale = static_cast<float>(1.0 / __builtin_sqrt(static_cast<double>(head_width_)));
-    softmax(score_, kTileColumns, tokens, columns, scale,
-            [share]<int R, int V>(int64_t key, int64_t at, const Tile<R, V>& tile)
-                CSIKERNELS_INLINE_LAMBDA { Arithmetic::store_operand(share, kTileColumns, key, at, tile); });
+    F32 share[V];
+    softmax_weights<V>(
+        score_, kTileColumns, tokens, 0, broadcast(scale * kBinaryExponent), share,
+        [weights]<int R, int C>(int64_t key, int64_t at, const Tile<R, C>& tile)
+            CSIKERNELS_INLINE_LAMBDA { Arithmetic::store_operand(weights, kTileColumns, key, at, tile); });
     const auto values = Arithmetic::values(value_ + first * stride_, stride_);
-    product(values, head_width_, tokens, share, kTileColumns, columns,
-            [=, this]<int R, int V>(int64_t row, int64_t at, const Tile<R, V>& tile) CSIKERNELS_INLINE_LAMBDA {
+    // Divided by the sums of weights afterwards: a head has fewer features than there are keys.
+    product(values, head_width_, tokens, weights, kTileColumns, columns,
+            [=, this]<int R, int C>(int64_t row, int64_t at, Tile<R, C> tile) CSIKERNELS_INLINE_LAMBDA {
+              for_tile<R, C>([&](int r, int v) { tile.at[r][v] = tile.at[r][v] * share[v]; });
               if (splits_pairs()) {
                 store_tile(loose_, stride_, first + row, column + at, tile);
               } else {

@@ -86,6 +86,15 @@ struct Pairs {
   }
   static CSIKERNELS_INLINE PairWeights values(const uint16_t* v, int64_t stride) { return {v, stride, 2}; }
 
+  // y may be written up to the next 16 values.
+  static CSIKERNELS_INLINE void round(const float* x, int64_t count, uint16_t* y) {
+    for (int64_t i = 0; i < count; i += F32::lanes) {
+      const int left = count - i < F32::lanes ? static_cast<int>(count - i) : F32::lanes;
+      const __m256i rounded = (__m256i)_mm512_cvtneps_pbh(load_first(x + i, left).v);
+      _mm256_storeu_si256((__m256i_u*)(y + i), rounded);
+    }
+  }
+
   template <int R, int V>
   static CSIKERNELS_INLINE void store_operand(uint32_t* y, int64_t stride, int64_t row, int64_t column,
                                               const Tile<R, V>& tile) {

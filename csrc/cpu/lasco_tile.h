@@ -67,11 +67,23 @@ struct NoStream {
   static CSIKERNELS_INLINE void fetch(const char*) {}
 };
 
-// One tile, summed over all k. w and x point at its first row and column.
-template <int R, int V, class Stream, class W, class Operand>
-CSIKERNELS_INLINE Tile<R, V> product_tile(W w, int64_t depth, const Operand* x, int64_t x_stride, const char* ahead) {
+// What the sums of a row start from: nothing, or the row's bias.
+struct FromZero {
+  CSIKERNELS_INLINE FromZero from(int64_t) const { return {}; }
+  CSIKERNELS_INLINE F32 at(int) const { return broadcast(0.0f); }
+};
+struct FromBias {
+  const float* bias;
+  CSIKERNELS_INLINE FromBias from(int64_t row) const { return {bias + row}; }
+  CSIKERNELS_INLINE F32 at(int r) const { return broadcast(bias[r]); }
+};
+
+// One tile, summed over all k. w, start and x point at its first row and column.
+template <int R, int V, class Stream, class W, class Start, class Operand>
+CSIKERNELS_INLINE Tile<R, V> product_tile(W w, const Start& start, int64_t depth, const Operand* x, int64_t x_stride,
+                                          const char* ahead) {
   Tile<R, V> sum;
-  for_tile<R, V>([&](int r, int v) { sum.at[r][v] = broadcast(0.0f); });
+  for_tile<R, V>([&](int r, int v) { sum.at[r][v] = start.at(r); });
   const auto step = [&](const auto& weight_at) CSIKERNELS_INLINE_LAMBDA {
     decltype(W::vector(x)) vector[V], weight[R];
     for_tile<1, V>([&](int, int v) { vector[v] = W::vector(x + v * F32::lanes); });
@@ -92,31 +104,33 @@ CSIKERNELS_INLINE Tile<R, V> product_tile(W w, int64_t depth, const Operand* x, 
   return sum;
 }
 
-template <int R, class Stream, class W, class Operand, class Sink>
-CSIKERNELS_INLINE void product_band(W w, int64_t row, int64_t depth, const Operand* x, int64_t x_stride,
-                                    int64_t columns, const char* ahead, const Sink& sink) {
+template <int R, class Stream, class W, class Start, class Operand, class Sink>
+CSIKERNELS_INLINE void product_band(W w, const Start& first, int64_t row, int64_t depth, const Operand* x,
+                                    int64_t x_stride, int64_t columns, const char* ahead, const Sink& sink) {
   const W own = w.from(row);
+  const Start start = first.from(row);
   int64_t column = 0;
   for (; column + kTileColumns <= columns; column += kTileColumns) {
-    sink(row, column, product_tile<R, kTileVectors, Stream>(own, depth, x + column, x_stride, ahead));
+    sink(row, column, product_tile<R, kTileVectors, Stream>(own, start, depth, x + column, x_stride, ahead));
   }
-  if (column < columns) sink(row, column, product_tile<R, 1, Stream>(own, depth, x + column, x_stride, ahead));
+  if (column < columns) sink(row, column, product_tile<R, 1, Stream>(own, start, depth, x + column, x_stride, ahead));
 }
 
 // w [rows][depth] times x [depth][x_stride], its first `columns` (a multiple of F32::lanes), into the sink.
-template <class Stream, class W, class Operand, class Sink>
+template <class Stream, class W, class Operand, class Sink, class Start = FromZero>
 CSIKERNELS_INLINE void product(W w, int64_t rows, int64_t depth, const Operand* x, int64_t x_stride, int64_t columns,
-                               Stream& stream, const Sink& sink) {
+                               Stream& stream, const Sink& sink, const Start& start = {}) {
   int64_t row = 0;
   for (; row + kTileRows <= rows; row += kTileRows) {
     const char* ahead = stream.advance(kTileRows * depth * W::kBytes);
-    product_band<kTileRows, Stream>(w, row, depth, x, x_stride, columns, ahead, sink);
+    product_band<kTileRows, Stream>(w, start, row, depth, x, x_stride, columns, ahead, sink);
   }
   for (; row + 2 <= rows; row += 2) {
     const char* ahead = stream.advance(2 * depth * W::kBytes);
-    product_band<2, Stream>(w, row, depth, x, x_stride, columns, ahead, sink);
+    product_band<2, Stream>(w, start, row, depth, x, x_stride, columns, ahead, sink);
   }
-  if (row < rows) product_band<1, Stream>(w, row, depth, x, x_stride, columns, stream.advance(depth * W::kBytes), sink);
+  if (row < rows)
+    product_band<1, Stream>(w, start, row, depth, x, x_stride, columns, stream.advance(depth * W::kBytes), sink);
 }
 
 template <class W, class Operand, class Sink>
@@ -191,28 +205,46 @@ CSIKERNELS_INLINE void layer_norm(const float* x, int64_t x_stride, int64_t feat
   if (column < columns) layer_norm_columns<1>(x, x_stride, features, column, eps, rstd, sink);
 }
 
+// The weights of a softmax before their division: e^(x - maximum) down V columns of s [keys][s_stride], with scale in
+// units of ln 2, go to the sink, which may overwrite s; returns 1 / their sums in share.
+template <int V, class Sink>
+CSIKERNELS_INLINE void softmax_weights(const float* s, int64_t s_stride, int64_t keys, int64_t column, F32 scale,
+                                       F32 (&share)[V], const Sink& sink) {
+  const auto at = [=](int64_t key, int v) { return load(s + key * s_stride + column + v * F32::lanes); };
+  F32 largest[V], sum[2][V];
+  const auto larger = [&](int64_t key, int v, F32 so_far) { return max(so_far, at(key, v)); };
+  down_rows<V>(keys, broadcast(-__builtin_inff()), largest, larger, [](F32 a, F32 b) { return max(a, b); });
+  for_tile<2, V>([&](int r, int v) { sum[r][v] = broadcast(0.0f); });
+  // Rounding the maximum's product moves all weights by one factor, which the division takes out.
+  for_tile<1, V>([&](int, int v) { largest[v] = largest[v] * scale; });
+  in_pairs<V>(
+      keys, column, [&](int64_t key, int v) { return exp2_of_nonpositive(fma(at(key, v), scale, -largest[v])); },
+      [&]<int R, int C>(int64_t key, int64_t to, const Tile<R, C>& tile) CSIKERNELS_INLINE_LAMBDA {
+        for_tile<R, C>([&](int r, int v) { sum[r][v] = sum[r][v] + tile.at[r][v]; });
+        sink(key, to, tile);
+      });
+  for_tile<1, V>([&](int, int v) { share[v] = broadcast(1.0f) / (sum[0][v] + sum[1][v]); });
+}
+
 template <int V, class Sink>
 CSIKERNELS_INLINE void softmax_columns(float* s, int64_t s_stride, int64_t keys, int64_t column, F32 scale,
                                        const Sink& sink) {
-  const auto place = [=](int64_t key, int v) { return s + key * s_stride + column + v * F32::lanes; };
-  F32 largest[V], share[V];
-  const auto larger = [&](int64_t key, int v, F32 so_far) { return max(so_far, load(place(key, v))); };
-  down_rows<V>(keys, broadcast(-__builtin_inff()), largest, larger, [](F32 a, F32 b) { return max(a, b); });
-  const auto weigh = [&](int64_t key, int v, F32 sum) {
-    const F32 weight = exp2((load(place(key, v)) - largest[v]) * scale);
-    store(place(key, v), weight);
-    return sum + weight;
-  };
-  down_rows<V>(keys, broadcast(0.0f), share, weigh, add);
-  for_tile<1, V>([&](int, int v) { share[v] = broadcast(1.0f) / share[v]; });
-  in_pairs<V>(keys, column, [&](int64_t key, int v) { return load(place(key, v)) * share[v]; }, sink);
+  const auto place = [=](int64_t key, int64_t at, int v) { return s + key * s_stride + at + v * F32::lanes; };
+  F32 share[V];
+  softmax_weights<V>(s, s_stride, keys, column, scale, share,
+                     [&]<int R, int C>(int64_t key, int64_t at, const Tile<R, C>& tile) CSIKERNELS_INLINE_LAMBDA {
+                       for_tile<R, C>([&](int r, int v) { store(place(key + r, at, v), tile.at[r][v]); });
+                     });
+  in_pairs<V>(keys, column, [&](int64_t key, int v) { return load(place(key, column, v)) * share[v]; }, sink);
 }
+
+constexpr float kBinaryExponent = 1.44269504f;  // e^a = 2^(a / ln 2)
 
 // softmax(scale * s) down the rows of s [keys][s_stride], into the sink; s is overwritten.
 template <class Sink>
 CSIKERNELS_INLINE void softmax(float* s, int64_t s_stride, int64_t keys, int64_t columns, float scale,
                                const Sink& sink) {
-  const F32 binary = broadcast(scale * 1.44269504f);  // e^a = 2^(a / ln 2)
+  const F32 binary = broadcast(scale * kBinaryExponent);
   int64_t column = 0;
   for (; column + kTileColumns <= columns; column += kTileColumns) {
     softmax_columns<kTileVectors>(s, s_stride, keys, column, binary, sink);
@@ -227,41 +259,66 @@ CSIKERNELS_INLINE F32 gelu(F32 a) {
   return fma(half, erf(a * broadcast(0.70710678f)), half);
 }
 
-// One round of a perfect shuffle of F32::lanes rows; after log2(lanes) rounds they are transposed.
-CSIKERNELS_INLINE void interleave_rows(F32 (&row)[F32::lanes]) {
-  constexpr int kHalf = F32::lanes / 2;
-  IntLanes low, high;
-#pragma GCC unroll 16
-  for (int i = 0; i < F32::lanes; ++i) {
-    low[i] = i / 2 + (i % 2) * F32::lanes;
-    high[i] = low[i] + kHalf;
-  }
-  F32 mixed[F32::lanes];
-#pragma GCC unroll 8
-  for (int i = 0; i < kHalf; ++i) {
-    mixed[2 * i].v = __builtin_shuffle(row[i].v, row[i + kHalf].v, low);
-    mixed[2 * i + 1].v = __builtin_shuffle(row[i].v, row[i + kHalf].v, high);
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < F32::lanes; ++i) row[i] = mixed[i];
+typedef float Quad __attribute__((vector_size(16)));
+
+CSIKERNELS_INLINE Quad load_quad(const float* p) {
+  Quad a;
+  __builtin_memcpy(&a, p, sizeof(a));
+  return a;
 }
 
-// y[c][r] = x[r][c]: squares of F32::lanes in registers, the edges one by one.
-inline void transpose(const float* x, int64_t x_stride, int64_t rows, int64_t columns, float* y, int64_t y_stride) {
-  const int64_t square_rows = rows / F32::lanes * F32::lanes, square_columns = columns / F32::lanes * F32::lanes;
-  for (int64_t top = 0; top < square_rows; top += F32::lanes) {
-    for (int64_t left = 0; left < square_columns; left += F32::lanes) {
-      F32 row[F32::lanes];
+// Four floats from each of p, p + 4 row, p + 8 row ...: one quarter of a vector for each.
+template <int Lanes>
+CSIKERNELS_INLINE auto load_quads(const float* p, int64_t row) {
+  if constexpr (Lanes == 4) {
+    return load_quad(p);
+  } else {
+    const auto low = load_quads<Lanes / 2>(p, row), high = load_quads<Lanes / 2>(p + Lanes / 2 * row, row);
+    if constexpr (Lanes == 8) {
+      return __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7);
+    } else {
+      return __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    }
+  }
+}
+
+// Result i, i < 4, holds column i of F32::lanes rows. Rows come in quarters of vectors, so that all shuffles stay
+// within these: four rows of each quarter are a 4 x 4 transpose.
+CSIKERNELS_INLINE void load_columns(const float* from, int64_t row, F32 (&column)[4]) {
+  constexpr int n = F32::lanes;
+  IntLanes low, high, first, second;
 #pragma GCC unroll 16
-      for (int i = 0; i < F32::lanes; ++i) row[i] = load(x + (top + i) * x_stride + left);
+  for (int i = 0; i < n; ++i) {
+    const int quad = i / 4 * 4, place = i % 4;
+    low[i] = quad + place / 2 + place % 2 * n;
+    high[i] = low[i] + 2;
+    first[i] = quad + place % 2 + place / 2 * n;
+    second[i] = first[i] + 2;
+  }
+  F32 r[4];
 #pragma GCC unroll 4
-      for (int length = 1; length < F32::lanes; length *= 2) interleave_rows(row);
-#pragma GCC unroll 16
-      for (int i = 0; i < F32::lanes; ++i) store(y + (left + i) * y_stride + top, row[i]);
+  for (int i = 0; i < 4; ++i) r[i].v = load_quads<n>(from + i * row, row);
+  const FloatLanes a = __builtin_shuffle(r[0].v, r[1].v, low), b = __builtin_shuffle(r[2].v, r[3].v, low);
+  const FloatLanes c = __builtin_shuffle(r[0].v, r[1].v, high), d = __builtin_shuffle(r[2].v, r[3].v, high);
+  column[0].v = __builtin_shuffle(a, b, first);
+  column[1].v = __builtin_shuffle(a, b, second);
+  column[2].v = __builtin_shuffle(c, d, first);
+  column[3].v = __builtin_shuffle(c, d, second);
+}
+
+// y[c][r] = x[r][c]: four columns of F32::lanes rows in registers, the edges one by one.
+inline void transpose(const float* x, int64_t x_stride, int64_t rows, int64_t columns, float* y, int64_t y_stride) {
+  const int64_t whole_rows = rows / F32::lanes * F32::lanes, whole_columns = columns / 4 * 4;
+  for (int64_t top = 0; top < whole_rows; top += F32::lanes) {
+    for (int64_t left = 0; left < whole_columns; left += 4) {
+      F32 column[4];
+      load_columns(x + top * x_stride + left, x_stride, column);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) store(y + (left + i) * y_stride + top, column[i]);
     }
   }
   for (int64_t column = 0; column < columns; ++column) {
-    const int64_t first = column < square_columns ? square_rows : 0;
+    const int64_t first = column < whole_columns ? whole_rows : 0;
     for (int64_t row = first; row < rows; ++row) y[column * y_stride + row] = x[row * x_stride + column];
   }
 }
