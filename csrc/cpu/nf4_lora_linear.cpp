@@ -1,21 +1,22 @@
 // The NF4 + LoRA layer: blocking, the parallel loops, and where each part of the sum is taken.
+#include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/constant_pad_nd.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
 
 #include <algorithm>
+#include <atomic>
 
 #include "cpu/nf4_lora.h"
+#include "cpu/parallel.h"
 
 namespace csikernels::cpu::nf4_lora {
 namespace {
 
 constexpr int64_t kFewWorkPerThread = 1 << 18;  // weights times tokens that one thread does in a few microseconds
-constexpr int64_t kInnerPerThread = 1 << 15;    // elements of A that one thread reads in a microsecond or two
 constexpr int64_t kBlockUnits = 256;            // of 4 bytes: three groups of 16 tokens and this many steps fit L1
 constexpr int64_t kWideBlockUnits = 512;        // two groups
 constexpr int64_t kPanelRows = 128;             // times kBlockUnits: 128 KB of L2
@@ -35,27 +36,58 @@ struct Operands {
   char* out;  // [tokens, n]
 };
 
+// t = scaling x A^T in parts that threads take as they come.
+class SharedInner {
+ public:
+  SharedInner(const Operands& o, float* t) : o_(o), t_(t), parts_(part_count(o), 1), missing_(part_count(o)) {}
+
+  // To be called on every thread: computes parts until none is left, then waits for those of the other threads. Each
+  // of these is under way, so that no thread waits for one that has not come.
+  void finish() {
+    for (int64_t part, end; parts_.next(part, end);) {
+      o_.tokens == 1 ? rows_of_a(part * kRowsOfA) : tokens_of_x(part * kTokens);
+      missing_.fetch_sub(1, std::memory_order_release);
+    }
+    while (missing_.load(std::memory_order_acquire) > 0) continue;
+  }
+
+ private:
+  static constexpr int64_t kRowsOfA = 8, kTokens = 2;  // that `inner` multiplies at once
+
+  static int64_t part_count(const Operands& o) {
+    return o.tokens == 1 ? ceil_div(o.rank, kRowsOfA) : ceil_div(o.tokens, kTokens);
+  }
+  void rows_of_a(int64_t first) {
+    const int64_t bytes = o_.layer.element_bytes(), k = o_.weight.k, here = std::min(kRowsOfA, o_.rank - first);
+    o_.layer.inner(o_.x, 1, k, o_.lora_a + first * k * bytes, here, o_.scaling, t_ + first);
+  }
+  void tokens_of_x(int64_t first) {
+    const int64_t bytes = o_.layer.element_bytes(), k = o_.weight.k, here = std::min(kTokens, o_.tokens - first);
+    o_.layer.inner(o_.x + first * k * bytes, here, k, o_.lora_a, o_.rank, o_.scaling, t_ + first * o_.rank);
+  }
+
+  const Operands& o_;
+  float* t_;
+  Pieces parts_;
+  std::atomic<int64_t> missing_;
+};
+
+// In one parallel region: waking threads twice takes a tenth of the time of a small layer.
 void multiply_few_tokens(const Operands& o) {
   const Layer& layer = o.layer;
   const int64_t n = o.weight.n, k = o.weight.k;
-  const int64_t x_elements = layer.permute != nullptr ? permuted_k(k) : 0;
-  const Scratch<char> permuted(o.tokens * x_elements * layer.element_bytes());
-  if (layer.permute != nullptr) layer.permute(o.x, o.tokens, k, permuted.get());
   const Scratch<float> t(o.tokens * o.rank), sums(o.tokens * n);
-  if (o.tokens == 1) {
-    // A seldom stays in a core's own cache between calls: reading it takes longer than waking a second thread.
-    constexpr int64_t rows = 8;
-    at::parallel_for(
-        0, ceil_div(o.rank, rows), std::max<int64_t>(1, kInnerPerThread / (rows * k)), [&](int64_t begin, int64_t end) {
-          const int64_t first = begin * rows, here = std::min(end * rows, o.rank) - first;
-          layer.inner(o.x, 1, k, o.lora_a + first * k * layer.element_bytes(), here, o.scaling, t.get() + first);
-        });
-  } else {
-    layer.inner(o.x, o.tokens, k, o.lora_a, o.rank, o.scaling, t.get());
-  }
-  const void* x = layer.permute != nullptr ? permuted.get() : o.x;
-  const int64_t grain = std::max<int64_t>(16, kFewWorkPerThread / (k * o.tokens));
-  at::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) {
+  const int64_t threads = useful_threads(n, std::max<int64_t>(16, kFewWorkPerThread / (k * o.tokens)));
+  SharedInner inner(o, t.get());
+  at::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
+    const void* x = o.x;
+    const Scratch<char> permuted(layer.permute != nullptr ? o.tokens * permuted_k(k) * layer.element_bytes() : 0);
+    if (layer.permute != nullptr) {  // for its own thread, into its cache
+      layer.permute(o.x, o.tokens, k, permuted.get());
+      x = permuted.get();
+    }
+    inner.finish();
+    const int64_t begin = n * first / threads, end = n * last / threads;
     layer.multiply_few({o.weight, o.tokens, x, t.get(), o.lora_b, o.rank, sums.get(), begin, end});
     for (int64_t token = 0; token < o.tokens; ++token) {
       const int64_t at = token * n + begin;
@@ -202,8 +234,11 @@ at::Tensor linear(const at::Tensor& x, const NF4Matrix& weight, const at::Tensor
   }
   const Layer layer = layer_for(x.scalar_type());
   const int64_t tokens = x.numel() / std::max<int64_t>(1, weight.k);
-  at::Tensor out = at::empty(shape, x.options().dtype(layer.type).memory_format(at::MemoryFormat::Contiguous));
-  const auto ready = [&](const at::Tensor& tensor) { return tensor.to(layer.type).contiguous(); };
+  at::Tensor out = at::detail::empty_cpu(shape, layer.type);
+  // Asked first: a `to` that does nothing still goes through the dispatcher.
+  const auto ready = [&](const at::Tensor& tensor) {
+    return (tensor.scalar_type() == layer.type ? tensor : tensor.to(layer.type)).contiguous();
+  };
   const at::Tensor rows = ready(x);
   at::Tensor a = ready(lora_a), b = ready(lora_b), offset;
   int64_t rank = a.size(0);
@@ -232,7 +267,7 @@ at::Tensor linear(const at::Tensor& x, const NF4Matrix& weight, const at::Tensor
                                                            : multiply_many_tokens;
     multiply(operands);
   }
-  return out.to(x.scalar_type());
+  return out.scalar_type() == x.scalar_type() ? out : out.to(x.scalar_type());
 }
 
 }  // namespace csikernels::cpu::nf4_lora
