@@ -27,7 +27,7 @@ from setuptools import setup
 from setuptools.command.build_py import build_py
 
 CPP_SOURCES = sorted(str(path) for folder in ("csrc", "csrc/cpu") for path in Path(folder).glob("*.cpp"))
-CUDA_SOURCES = ["csrc/cuda/build_info.cu"]
+CUDA_SOURCES = sorted(str(path) for kind in ("*.cpp", "*.cu") for path in Path("csrc/cuda").glob(kind))
 CUDA_ARCHS = "8.0;8.6;8.9;9.0a;10.0a;12.0a"
 # -O3 without -march: the file of each instruction set carries its own target, so one binary runs on every x86-64.
 # Products and sums are fused only where the code says so: every instruction set then rounds as its file reads.

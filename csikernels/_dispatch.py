@@ -79,9 +79,10 @@ def implement(op: str, backend: str) -> Callable[[Callable], Callable]:
     """Decorator: the Python implementation of ``op`` for ``backend`` ("reference" or "triton").
 
     The function takes exactly the schema's arguments. It must return fresh tensors (never a view of an input).
+    ``"cuda"`` is for the tests: their simulator of a GPU takes CPU tensors and runs only where it is asked for.
     """
-    if backend not in ("reference", "triton"):
-        raise ValueError(f"backend: expected 'reference' or 'triton', got {backend!r}")
+    if backend not in ("reference", "triton", "cuda"):
+        raise ValueError(f"backend: expected 'reference', 'triton' or 'cuda', got {backend!r}")
 
     def register(function: Callable) -> Callable:
         _implementations.setdefault(op, {})[backend] = function
@@ -174,6 +175,8 @@ def _available(op: str, device: str) -> list[str]:
     if device == "cuda" and not torch.cuda.is_available():
         return []
     names = [_COMPILED[device]] if has_compiled_kernel(op, device) else []
+    if device == "cpu" and "cuda" in _implementations[op]:
+        names.append("cuda")  # simulated
     if "triton" in _implementations[op] and _triton_runs_on(device):
         names.append("triton")
     if "reference" in _implementations[op]:
@@ -197,7 +200,7 @@ def _python_implementation(op: str, device: str) -> Callable:
             return _implementations[op][_chosen]
         # The compiled kernel itself hands over what the op's documentation leaves to the reference, such as float64.
     for name in available:
-        if name in _implementations[op] and not (name == "triton" and device == "cpu"):
+        if name in _implementations[op] and not (name in ("cuda", "triton") and device == "cpu"):
             return _implementations[op][name]
     raise RuntimeError(f"{op}: no backend for tensors on {device}; available devices: cpu, cuda")
 

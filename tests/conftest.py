@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib.util
 import os
 import subprocess
 import sys
@@ -20,12 +21,18 @@ import pytest
 import torch
 
 import csikernels
+import simulator
 from csikernels import _load
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 ROOT = Path(__file__).parent.parent
+GPU_BACKENDS = ("cuda", "triton")
+
+# Triton decides while a kernel is defined whether it is compiled or interpreted.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def _variants(ops: tuple[str, ...], device: str) -> list[str]:
@@ -35,6 +42,7 @@ def _variants(ops: tuple[str, ...], device: str) -> list[str]:
     if unknown:
         raise pytest.UsageError(f"pytest.mark.op: no such op: {', '.join(unknown)}; known: {', '.join(available)}")
     names = [name for name in available[ops[0]][device] if all(name in available[op][device] for op in ops)]
+    names = [name for name in names if name not in GPU_BACKENDS]  # theirs are the tests with the fixture `device`
     capabilities = _load.extension.cpu_capabilities() if _load.extension is not None else []
     return [
         variant
@@ -44,6 +52,11 @@ def _variants(ops: tuple[str, ...], device: str) -> list[str]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "device" in metafunc.fixturenames:
+        gpu = metafunc.definition.get_closest_marker("gpu")
+        if gpu is None or not gpu.args or set(gpu.args) - set(GPU_BACKENDS):
+            raise pytest.UsageError(f"{metafunc.definition.nodeid}: `device` needs pytest.mark.gpu with backends of GPUs")
+        metafunc.parametrize("device", gpu.args, indirect=True)
     if "backend" not in metafunc.fixturenames:
         return
     marker = metafunc.definition.get_closest_marker("op")
@@ -63,6 +76,34 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
             _load.extension.set_cpu_capability(capability)
         stack.enter_context(csikernels.use_backend(name))
         yield request.param
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """Where the kernels of a GPU backend named by ``@pytest.mark.gpu(...)`` run, that backend in force: a GPU, else, with
+    CPU tensors, the PTX simulator (``cuda``) or Triton's interpreter (``triton``); else the test is skipped."""
+    name = request.param
+    with contextlib.ExitStack() as stack:
+        if torch.cuda.is_available():
+            if name == "cuda" and not csikernels.build_info()["cuda"]:
+                pytest.skip(f"no CUDA kernels: {csikernels.build_info()['cuda_reason']}")
+        elif name == "cuda":
+            if reason := simulator.missing():
+                pytest.skip(f"no GPU, and {reason}")
+            stack.enter_context(simulator.attached())
+        elif importlib.util.find_spec("triton") is None:
+            pytest.skip("no GPU, and triton is not installed")
+        stack.enter_context(csikernels.use_backend(name))
+        yield torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def simulated() -> Iterator[simulator.Simulator]:
+    """The PTX simulator with the CUDA backend in force, for what only it can show: bytes, races, launches."""
+    if reason := simulator.missing():
+        pytest.skip(reason)
+    with simulator.attached() as attached, csikernels.use_backend("cuda"):
+        yield attached
 
 
 @pytest.fixture
