@@ -123,9 +123,8 @@ __device__ void compact(const Key* keys, int n, Key threshold, int ties, bool al
 
 template <class Key>
 __device__ bool comes_before(const Key* keys, uint16_t a, uint16_t b) {
-  if (a == kNobody || b == kNobody) return b == kNobody && a != kNobody;
-  const Key left = keys[a], right = keys[b];
-  return left < right || (left == right && a < b);
+  const Key left = a == kNobody ? ~Key(0) : keys[a], right = b == kNobody ? ~Key(0) : keys[b];
+  return left < right || (left == right && a < b);  // kNobody is behind every position
 }
 
 // Entries of `order` that sorting m of them needs: a power of two, at least two a lane.
@@ -148,10 +147,9 @@ __device__ void sort_survivors(const Key* keys, int m, uint16_t* order) {
         const int low = 2 * t - (t & (distance - 1)), high = low + distance;
         const uint16_t a = order[low], b = order[high];
         const bool ascending = (low & run) == 0 || run == size;
-        if (ascending == comes_before(keys, b, a)) {
-          order[low] = b;
-          order[high] = a;
-        }
+        const bool swap = ascending == comes_before(keys, b, a);
+        order[low] = swap ? b : a;
+        order[high] = swap ? a : b;
       }
       if (distance > 32 || (distance == 1 && run > 32)) {
         __syncthreads();
