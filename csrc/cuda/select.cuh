@@ -143,6 +143,7 @@ __device__ void sort_survivors(const Key* keys, int m, uint16_t* order) {
   __syncthreads();
   for (int run = 2; run <= size; run *= 2) {
     for (int distance = run / 2; distance > 0; distance /= 2) {
+#pragma unroll 1  // one step, unless more than 1,024 survive
       for (int t = threadIdx.x; t < size / 2; t += kThreads) {
         const int low = 2 * t - (t & (distance - 1)), high = low + distance;
         const uint16_t a = order[low], b = order[high];

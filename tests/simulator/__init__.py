@@ -61,15 +61,30 @@ def _ptxsim_folder() -> Path | None:
     return next((folder for folder in folders if (folder / "ptxsim.py").exists()), None)
 
 
+# Two faults of the simulator, mended as it is loaded; nothing happens where they are mended already.
+_MENDS = (
+    # A write that a warp's barrier orders before a read was reported as a race with a later write. What counts is
+    # whether both lie in the same interval between barriers.
+    ("& ((r2 >> 32) > k))", "& ((r2 >> 32) != k))"),
+    # Lanes that came to a warp's barrier without a detour replaced those that waited there already.
+    (
+        "    def sync_ready(self, bb, pc, G):\n        S = self.S\n",
+        "    def sync_ready(self, bb, pc, G):\n        S = self.S\n"
+        "        o = self.blocked.pop((-len(G.stack), pc, G.stack), None)\n"
+        "        G = G if o is None else Group(G.mask | o.mask, G.n + o.n, G.fp, G.stack)\n",
+    ),
+)
+
+
 @functools.cache
 def ptxsim() -> Any:
     folder = _ptxsim_folder()
     if folder is None:
         raise RuntimeError(missing())
     path = folder / "ptxsim.py"
-    # A write that a warp's barrier orders before a read is reported as a race with a later write: what it must compare
-    # is whether both lie in the same interval between barriers. Nothing happens where that is mended already.
-    text = path.read_text().replace("& ((r2 >> 32) > k))", "& ((r2 >> 32) != k))")
+    text = path.read_text()
+    for wrong, right in _MENDS:
+        text = text.replace(wrong, right)
     module = types.ModuleType("ptxsim")
     module.__file__ = str(path)
     sys.modules["ptxsim"] = module
@@ -96,7 +111,7 @@ def _built(source: Path, suffix: str, command: list[str], headers: str) -> Path:
 
 def _headers() -> str:
     folders = [ROOT / "csrc", SOURCES, Path(__file__).parent]
-    return "\0".join(path.read_text() for folder in folders for path in sorted(folder.glob("*.h")))
+    return "\0".join(path.read_text() for folder in folders for path in sorted(folder.glob("*.*h")))
 
 
 def kernel_sources() -> list[Path]:
