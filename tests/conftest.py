@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import simulator
 import torch
 
 import csikernels
-import simulator
 from csikernels import _load
 
 if TYPE_CHECKING:
@@ -55,7 +55,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "device" in metafunc.fixturenames:
         gpu = metafunc.definition.get_closest_marker("gpu")
         if gpu is None or not gpu.args or set(gpu.args) - set(GPU_BACKENDS):
-            raise pytest.UsageError(f"{metafunc.definition.nodeid}: `device` needs pytest.mark.gpu with backends of GPUs")
+            raise pytest.UsageError(
+                f"{metafunc.definition.nodeid}: `device` needs pytest.mark.gpu with backends of GPUs"
+            )
         metafunc.parametrize("device", gpu.args, indirect=True)
     if "backend" not in metafunc.fixturenames:
         return

@@ -121,7 +121,7 @@ def kernel_sources() -> list[Path]:
 
 def compile_ptx(source: Path, extra: tuple[str, ...] = ()) -> str:
     """The PTX of a ``.cu`` file; ``extra`` are further options of nvcc, such as a macro that seeds a bug."""
-    command = ["nvcc", *NVCC_FLAGS, *extra, "-ptx", f"-arch={PTX_ARCH}"]
+    command = ["nvcc", *extra, *NVCC_FLAGS, "-ptx", f"-arch={PTX_ARCH}"]
     return _built(source, ".ptx", command, _headers()).read_text()
 
 
@@ -162,13 +162,16 @@ class Simulator:
 
     def __init__(self) -> None:
         self._modules = [ptxsim().Module(compile_ptx(source)) for source in kernel_sources()]
-        self._kernels = {name: module for module in self._modules for name in module.kernels()}
+        self._kernels = {name: (module, name) for module in self._modules for name in module.kernels()}
         self._buffers: dict[int, np.ndarray] = {}
         self._fault: BaseException | None = None
         self._running = False
         self.launches: list[Any] = []
         self.schemas: Any = None
-        self._callbacks = _LAUNCHER(self._launch), _LISTENER(self._know)  # kept alive as long as the library has them
+        self._callbacks = (
+            _LAUNCHER(self._launch),
+            _LISTENER(lambda *buffer: self.know(*buffer)),
+        )  # kept alive as long as the library has them
         _library().csikernels_simulate(*self._callbacks)
 
     def clear(self) -> None:
@@ -189,10 +192,13 @@ class Simulator:
             self._buffers.clear()
             self._running = False
 
-    def _know(self, data: int | None, size: int, writable: int) -> None:
-        if data is None:
-            return
-        if size == 0:
+    def find(self, kernel: str) -> tuple[Any, str]:
+        """The module that holds a kernel, and the kernel's name there."""
+        return self._kernels[kernel]
+
+    def know(self, data: int | None, size: int, writable: int) -> None:
+        """A buffer that the wrapper hands to the kernels of this call."""
+        if data is None or size == 0:
             return
         known = self._buffers.get(data)
         if known is not None and known.nbytes >= size and (known.flags.writeable or not writable):
@@ -203,8 +209,7 @@ class Simulator:
 
     def _launch(self, name: bytes, grid: Any, block: Any, shared: int, args: Any) -> int:
         try:
-            kernel = name.decode()
-            module = self._kernels[kernel]
+            module, kernel = self.find(name.decode())
             parameters = module.bodies[kernel].params
             values = [self._value(args[k], parameter.size) for k, parameter in enumerate(parameters)]
             stats = module.launch(kernel, tuple(grid[:3]), tuple(block[:3]), values, shared=shared)
@@ -219,7 +224,9 @@ class Simulator:
         raw = ctypes.string_at(address, size)
         if size % 8:
             return raw
-        parts = [self._pointer(int.from_bytes(raw[k : k + 8], sys.byteorder)) or raw[k : k + 8] for k in range(0, size, 8)]
+        parts = [
+            self._pointer(int.from_bytes(raw[k : k + 8], sys.byteorder)) or raw[k : k + 8] for k in range(0, size, 8)
+        ]
         if not any(isinstance(part, tuple) for part in parts):
             return raw
         return parts[0] if size == 8 else ("struct", parts)
@@ -251,7 +258,9 @@ def attached() -> Iterator[Simulator]:
     NaN, so that an output left unwritten is seen."""
     made = simulator()
     made.clear()
-    ops = [op for op in _dispatch.schemas() if torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{op}", "CPU")]
+    ops = [
+        op for op in _dispatch.schemas() if torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{op}", "CPU")
+    ]
     before = torch.are_deterministic_algorithms_enabled()
     for op in ops:
         _dispatch.implement(op, "cuda")(functools.partial(made.call, op))
