@@ -82,8 +82,8 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture
 def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
-    """Where a backend named by ``@pytest.mark.gpu(...)`` runs, that backend in force: a GPU, else, with CPU tensors, the
-    PTX simulator (``cuda``) or Triton's interpreter (``triton``); else the test is skipped."""
+    """Where a backend named by ``@pytest.mark.gpu(...)`` runs, that backend in force: a GPU, else, with CPU tensors,
+    the PTX simulator (``cuda``) or Triton's interpreter (``triton``); else the test is skipped."""
     name = request.param
     with contextlib.ExitStack() as stack:
         if torch.cuda.is_available():

@@ -1,9 +1,9 @@
 """The CUDA kernels on a machine without a GPU.
 
 ``csrc/cuda`` is compiled as for a GPU, but linked with ``runtime.cpp`` in place of the CUDA runtime: a launch arrives
-here, with its kernel's name, grid, block and arguments, and a PTX simulator runs it on the host's memory. It checks every
-access against the buffers that the wrapper passed, and looks for races and for shared memory read before it was written.
-So the wrapper, the launcher and the kernel are the ones a GPU runs.
+here, with its kernel's name, grid, block and arguments, and a PTX simulator runs it on the host's memory. It checks
+every access against the buffers that the wrapper passed, and looks for races and for shared memory read before it was
+written. So the wrapper, the launcher and the kernel are the ones a GPU runs.
 
 The simulator is the module ``ptxsim``, looked for in ``CSIKERNELS_PTXSIM`` (a folder) and in ``../shared/ptxsim``.
 """
