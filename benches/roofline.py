@@ -78,6 +78,14 @@ def self_information_cases() -> list[Case]:
     ]  # fmt: skip
 
 
+INTRODUCTION = """# Roofline of the CUDA kernels
+
+Written by `python benches/roofline.py`, without a GPU: bytes are those that the PTX simulator counts, registers those
+that the compiler reports for sm_90a, the floor that of an H100 SXM (3.35 TB/s, 67 float32 and 990 bfloat16 TFLOP/s).
+The last column has registers a thread, shared memory a block, and how many blocks and threads of the 2,048 a
+multiprocessor holds at once.
+"""
+
 CASES = [self_information_cases]
 
 
@@ -85,17 +93,8 @@ def registers() -> dict[str, int]:
     """Kernel (without the hash of its file) -> registers a thread on sm_90a."""
     found = {}
     for source in simulator.kernel_sources():
-        command = [
-            "nvcc",
-            *simulator.NVCC_FLAGS,
-            "-arch=sm_90a",
-            "-Xptxas",
-            "-v",
-            "-cubin",
-            "-o",
-            "/dev/null",
-            str(source),
-        ]
+        flags = "-arch=sm_90a -Xptxas -v -cubin -o /dev/null".split()
+        command = ["nvcc", *simulator.NVCC_FLAGS, *flags, str(source)]
         report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
         for kernel, used in re.findall(r"entry function '(\w+)'.*?Used (\d+) registers", report, re.DOTALL):
             found[_unhashed(kernel)] = int(used)
@@ -154,12 +153,7 @@ def rows() -> list[list[str]]:
 def render(table: list[list[str]]) -> str:
     head = ["call", "bytes at least", "bytes counted", "operations", "floor us", "kernels on an H100"]
     lines = ["| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *table]]
-    return "# Roofline of the CUDA kernels\n\n" + "\n".join(
-        ["Written by `python benches/roofline.py`, without a GPU: bytes are those that the PTX simulator counts, registers",
-         "those that the compiler reports for sm_90a, the floor that of an H100 SXM (3.35 TB/s, 67 float32 and 990 bfloat16",
-         "TFLOP/s). The last column has registers a thread, shared memory a block, and how many blocks and threads of the",
-         "2,048 a multiprocessor holds at once.", "", *lines, ""]
-    )  # fmt: skip
+    return "\n".join([INTRODUCTION, *lines, ""])
 
 
 def main() -> int:
