@@ -121,11 +121,29 @@ __device__ void compact(const Key* keys, int n, Key threshold, int ties, bool al
   __syncthreads();
 }
 
+// A survivor, as it is compared.
 template <class Key>
-__device__ bool comes_before(const Key* keys, uint16_t a, uint16_t b) {
-  const Key left = a == kNobody ? ~Key(0) : keys[a], right = b == kNobody ? ~Key(0) : keys[b];
-  return left < right || (left == right && a < b);  // kNobody is behind every position
-}
+struct Entry {
+  Key key;
+  int position;
+
+  __device__ Entry(const Key* keys, uint16_t at) : key(at == kNobody ? ~Key(0) : keys[at]), position(at) {}
+  __device__ bool before(const Entry& other) const {
+    return key < other.key || (key == other.key && position < other.position);
+  }
+  // Member by member: a choice between two objects would put both into local memory.
+  __device__ void become(const Entry& other, bool really) {
+    key = really ? other.key : key;
+    position = really ? other.position : position;
+  }
+  // The entry of the lane whose number differs in the bits of `distance`.
+  __device__ Entry across(int distance) const {
+    Entry other = *this;
+    other.key = __shfl_xor_sync(kAllLanes, key, distance);
+    other.position = __shfl_xor_sync(kAllLanes, position, distance);
+    return other;
+  }
+};
 
 // Entries of `order` that sorting m of them needs: a power of two, at least two a lane.
 __host__ __device__ constexpr int sort_size(int m) {
@@ -134,32 +152,59 @@ __host__ __device__ constexpr int sort_size(int m) {
   return size;
 }
 
-// Bitonic sort of positions by (key, position). A warp's 32 comparators at a distance of up to 32 stay within 64
-// entries of their own, so that only the longer distances need a barrier of the block.
+// The steps of the bitonic sort at distances of up to 32, for runs first_run..last_run: 64 entries stay in a warp's
+// registers, two a lane, 32 apart.
+template <class Key>
+__device__ void sort_in_warps(const Key* keys, int size, int first_run, int last_run, uint16_t* order) {
+  const int lane = threadIdx.x % 32;
+  for (int first = threadIdx.x / 32 * 64; first < size; first += 2 * kThreads) {
+    Entry<Key> low(keys, order[first + lane]), high(keys, order[first + 32 + lane]);
+    for (int run = first_run; run <= last_run; run *= 2) {
+      if (run > 32) {
+        const bool ascending = (first & run) == 0;
+        const bool swap = high.before(low) == ascending;
+        const Entry<Key> before = low;
+        low.become(high, swap);
+        high.become(before, swap);
+      }
+      for (int distance = min(run / 2, 16); distance > 0; distance /= 2) {
+        const auto exchange = [&](Entry<Key>& mine, int index) {
+          const Entry<Key> other = mine.across(distance);
+          const bool keep_smaller = ((index & distance) == 0) == ((index & run) == 0);
+          mine.become(other, other.before(mine) == keep_smaller);
+        };
+        exchange(low, first + lane);
+        exchange(high, first + 32 + lane);
+      }
+    }
+    order[first + lane] = static_cast<uint16_t>(low.position);
+    order[first + 32 + lane] = static_cast<uint16_t>(high.position);
+  }
+  __syncthreads();
+}
+
+// Bitonic sort of positions by (key, position).
 template <class Key>
 __device__ void sort_survivors(const Key* keys, int m, uint16_t* order) {
   const int size = sort_size(m);
   for (int i = m + threadIdx.x; i < size; i += kThreads) order[i] = kNobody;
   __syncthreads();
-  for (int run = 2; run <= size; run *= 2) {
-    for (int distance = run / 2; distance > 0; distance /= 2) {
+  sort_in_warps(keys, size, 2, 64, order);
+  for (int run = 128; run <= size; run *= 2) {
+    for (int distance = run / 2; distance > 32; distance /= 2) {
 #pragma unroll 1  // one step, unless more than 1,024 survive
       for (int t = threadIdx.x; t < size / 2; t += kThreads) {
         const int low = 2 * t - (t & (distance - 1)), high = low + distance;
         const uint16_t a = order[low], b = order[high];
-        const bool ascending = (low & run) == 0 || run == size;
-        const bool swap = ascending == comes_before(keys, b, a);
-        order[low] = swap ? b : a;
-        order[high] = swap ? a : b;
+        if (Entry<Key>(keys, b).before(Entry<Key>(keys, a)) == ((low & run) == 0)) {
+          order[low] = b;
+          order[high] = a;
+        }
       }
-      if (distance > 32 || (distance == 1 && run > 32)) {
-        __syncthreads();
-      } else {
-        __syncwarp();
-      }
+      __syncthreads();
     }
+    sort_in_warps(keys, size, run, run, order);
   }
-  __syncthreads();
 }
 
 // order[0..m) = positions of the m smallest keys, in order.
