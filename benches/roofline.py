@@ -78,6 +78,27 @@ def self_information_cases() -> list[Case]:
     ]  # fmt: skip
 
 
+def codebook_cases() -> list[Case]:
+    d = 128
+
+    def case(n: int, k: int) -> Case:
+        generator = torch.Generator().manual_seed(0)
+        h, words = (torch.randn(rows, d, dtype=torch.complex64, generator=generator) for rows in (n, k))
+        with simulator.attached(), csikernels.use_backend("cuda"):
+            book = csikernels.Codebook(words)
+        return Case(
+            f"`Codebook.search`, N={n}, K={k}, D={d}",
+            lambda: book.search(h),
+            "4 D K + (8 D + 12) N",
+            4 * d * k + (8 * d + 12) * n,
+            "8 D N K",
+            8 * d * n * k,
+            "bfloat16",
+        )
+
+    return [case(1, 4096), case(16, 16384), case(64, 16384)]
+
+
 INTRODUCTION = """# Roofline of the CUDA kernels
 
 Written by `python benches/roofline.py`, without a GPU: bytes are those that the PTX simulator counts, registers those
@@ -86,7 +107,7 @@ The last column has registers a thread, shared memory a block, and how many bloc
 multiprocessor holds at once.
 """
 
-CASES = [self_information_cases]
+CASES = [self_information_cases, codebook_cases]
 
 
 def registers() -> dict[str, int]:
