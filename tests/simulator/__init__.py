@@ -61,7 +61,7 @@ def _ptxsim_folder() -> Path | None:
     return next((folder for folder in folders if (folder / "ptxsim.py").exists()), None)
 
 
-# Two faults of the simulator, mended as it is loaded; nothing happens where they are mended already.
+# Faults of the simulator, mended as it is loaded; nothing happens where they are mended already.
 _MENDS = (
     # A write that a warp's barrier orders before a read was reported as a race with a later write. What counts is
     # whether both lie in the same interval between barriers.
@@ -72,6 +72,14 @@ _MENDS = (
         "    def sync_ready(self, bb, pc, G):\n        S = self.S\n"
         "        o = self.blocked.pop((-len(G.stack), pc, G.stack), None)\n"
         "        G = G if o is None else Group(G.mask | o.mask, G.n + o.n, G.fp, G.stack)\n",
+    ),
+    # A kernel's argument read at an index was counted as global memory. It comes through the constant cache.
+    (
+        '            self.line(f"t={fn}(S,{self.G},{self.I},{self.addr(a)},{sz},{nv})")\n        if wide:',
+        '            argument = self.space(i) == "param" and sp == "global"\n'
+        """            self.line("n=S.cnt['global_load_bytes']") if argument else None\n"""
+        '            self.line(f"t={fn}(S,{self.G},{self.I},{self.addr(a)},{sz},{nv})")\n'
+        """            self.line("S.cnt['global_load_bytes']=n") if argument else None\n        if wide:""",
     ),
 )
 

@@ -1,0 +1,394 @@
+// lasco_forward at the sizes of Fig. 10's SAMs; one block per sample, which goes through the whole of both networks.
+//
+// Formula: output = proxy(h) + alpha (base - reference(h)), each network
+//     y = output(encoder(input(h) + position)), L blocks of attention, feed-forward, two LayerNorms and residuals,
+//   with 32 tokens of 64 features, width d = 32, 64 or 128, 4 heads, feed-forward 4 d. float32 banks compute in
+//   float32; of bfloat16 banks, operands of products (attention's too) are rounded to bfloat16 and go through the
+//   tensor cores with float32 sums, everything else is float32.
+// Layout: activations stay in shared memory, the residual stream in float32, operands of products in the weights' type
+//   (lasco_layout.cuh). Weights are read as they are stored, [rows][depth], each 16 bytes by the lane that multiplies
+//   them (bfloat16) or by its warp (float32): cp.async rings that no barrier stops. All 32 tokens meet a weight when it
+//   comes, so it comes once.
+// Tiling: a warp holds the sums of its 8-row tiles of a matrix for all tokens, up to 64 registers a lane, so that an
+//   operand is read from shared memory once for all of them. Where both networks fit into 99 KB they run side by side
+//   in lock step, which halves the way through 6 L + 3 barriers; that way, not bytes or operations, is what a launch of
+//   fewer samples than multiprocessors waits for. Otherwise the reference goes first, the rings running on.
+// Bytes of a sample at L = 2, d = 64: both networks, 457 KB in bfloat16 and 883 KB in float32, and 25 KB of inputs and
+//   output. The reference, and a proxy that several samples use, come from memory once and then from the L2 cache.
+//   Operations: 14.7 M.
+// Floor on an H100 (3.35 TB/s, 990 bf16 and 67 float32 TFLOP/s) for 64 slots, one sample each: memory 16.4 MB, 4.9 us,
+//   in bfloat16 and 30.5 MB, 9.1 us, in float32; operations 1 us and 14 us, on 64 of 132 multiprocessors 29 us. From
+//   the L2 cache, at 64 bytes a clock, a block of bfloat16 takes 4.3 us, and its shared memory serves 2.1 MB in 9.5 us.
+//
+//   d    type      warps  shared memory  registers (sm_90a)  blocks on a multiprocessor of 227 KB
+//   32   bfloat16  2 x 4      68.4 KB      105                 2
+//   64   bfloat16  2 x 8     101.2 KB      107                 1
+//   128  bfloat16      8      84.2 KB      128                 2
+//   32   float32   2 x 4      76.6 KB      168                 1
+//   64   float32       8      83.8 KB      216                 1
+//   128  float32       8     100.5 KB      252                 1
+#include <cuda_bf16.h>
+
+#include "cuda/lasco_attention.cuh"
+#include "cuda/lasco_layout.cuh"
+#include "cuda/lasco_math.cuh"
+#include "cuda/lasco_product.cuh"
+
+namespace csikernels::cuda {
+namespace {
+
+extern __shared__ __align__(128) unsigned char shared_memory[];
+
+// One network on one sample, by the C::kWarps warps that share it. Networks side by side run in lock step: a barrier is
+// one of the whole block.
+template <class C>
+struct Sam {
+  using Weight = typename C::Weight;
+
+  const LascoCall& call;
+  const int64_t sample, slot;
+  const int warp, lane;
+  float* const residual;         // [32][kResidualStride]
+  unsigned char* const operand;  // [32][d]
+  unsigned char* const wide;     // [32][3 d] as qkv, [32][kHidden] or [32][F]
+  Stream<C> stream;
+  int network;
+
+  // An entry of the flat weight list that has `count` elements a network, float32.
+  __device__ const float* vector(int entry, int count) const {
+    return static_cast<const float*>(call.weights[network][entry]) + (network == kProxySam ? slot * count : 0);
+  }
+
+  // Calls visit(token, column, i) for the elements that this lane has of a tile.
+  template <class Visit>
+  __device__ void each(int tile, const Visit& visit) const {
+    const int column = (tile * C::kWarps + warp) * kRowsOfTile + 2 * pair_of<Weight>(lane);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) visit(row_of<Weight>(lane) + 8 * i, column, i);
+  }
+
+  // The warp's share of a bias, requested before a product and used after it: each value is held by one lane.
+  template <int kTiles>
+  struct Bias {
+    static constexpr int kTilesOfLane = 32 / kRowsOfTile;
+    float own[round_up(kTiles, kTilesOfLane) / kTilesOfLane];
+
+    __device__ Bias(const float* bias, int warp, int lane) {
+#pragma unroll
+      for (int k = 0; k < kTiles; k += kTilesOfLane) {
+        const int tile = k + lane / kRowsOfTile;
+        const bool inside = tile < kTiles;
+        own[k / kTilesOfLane] = inside ? bias[(tile * C::kWarps + warp) * kRowsOfTile + lane % kRowsOfTile] : 0;
+      }
+    }
+
+    __device__ float2 pair(int tile, int lane) const {
+      const float own_tile = own[tile / kTilesOfLane];
+      const int from = tile % kTilesOfLane * kRowsOfTile + 2 * pair_of<Weight>(lane);
+      return make_float2(__shfl_sync(kWarp, own_tile, from), __shfl_sync(kWarp, own_tile, from + 1));
+    }
+  };
+
+  // operand [32][kDepth] by weights of 8 kTiles kWarps rows, added to `sums`.
+  template <int kDepth, int kTiles>
+  __device__ void multiply_add(const unsigned char* from, Sums<kTiles>& sums) {
+    multiply<C, kDepth, kTiles>(from, stream, lane, sums, static_cast<Weight*>(nullptr));
+  }
+
+  // Sums plus bias go to emit(token, column, sum, sum of the next column).
+  template <int kTiles, class Emit>
+  __device__ void finish(const Sums<kTiles>& sums, const Bias<kTiles>& bias, const Emit& emit) const {
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+      const float2 offset = bias.pair(tile, lane);
+      each(tile, [&](int token, int column, int i) {
+        emit(token, column, sums[tile][i][0] + offset.x, sums[tile][i][1] + offset.y);
+      });
+    }
+  }
+
+  template <int kDepth, int kTiles, class Emit>
+  __device__ void product(const unsigned char* from, const float* bias, const Emit& emit) {
+    const Bias<kTiles> offset(bias, warp, lane);
+    Sums<kTiles> sums = {};
+    multiply_add<kDepth, kTiles>(from, sums);
+    finish<kTiles>(sums, offset, emit);
+  }
+
+  // The input as an operand, in `wide`.
+  __device__ void stage() const {
+    const float4* h = reinterpret_cast<const float4*>(call.h_in + sample * kTokens * kFeatures);
+    constexpr int kCount = kTokens * kFeatures / 4, kStep = 32 * C::kWarps;
+#pragma unroll
+    for (int k = 0; k < kCount / kStep; ++k) {
+      const int i = k * kStep + 32 * warp + lane, token = i / (kFeatures / 4), column = i % (kFeatures / 4) * 4;
+      const float4 value = h[i];
+      store_operand<C>(wide, C::row_bytes(kFeatures), token, column, value.x, value.y);
+      store_operand<C>(wide, C::row_bytes(kFeatures), token, column + 2, value.z, value.w);
+    }
+  }
+
+  // residual and operand = input(h) + position
+  __device__ void embed() {
+    constexpr int kTiles = C::tiles(C::kWidth);
+    const float* position = vector(2, kTokens * C::kWidth);
+    Sums<kTiles> sums;
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+      each(tile, [&](int token, int column, int i) {
+        const float2 own = *reinterpret_cast<const float2*>(position + token * C::kWidth + column);
+        sums[tile][i][0] = own.x;
+        sums[tile][i][1] = own.y;
+      });
+    }
+    const Bias<kTiles> bias(vector(1, C::kWidth), warp, lane);
+    multiply_add<kFeatures, kTiles>(wide, sums);
+    finish<kTiles>(sums, bias, [&](int token, int column, float a, float b) {
+      store_pair(residual + token * C::kResidualStride + column, a, b);
+      store_operand<C>(operand, C::row_bytes(C::kWidth), token, column, a, b);
+    });
+  }
+
+  // operand = LayerNorm(residual), and so the residual stream itself where `keep`.
+  __device__ void normalise(int entry, bool keep) const {
+    constexpr int kOwn = C::kWidth / 32, kRows = kTokens / C::kWarps;
+    const float *weight = vector(entry, C::kWidth), *bias = vector(entry + 1, C::kWidth);
+    float gain[kOwn], offset[kOwn];
+#pragma unroll
+    for (int c = 0; c < kOwn; ++c) {
+      gain[c] = weight[lane + 32 * c];
+      offset[c] = bias[lane + 32 * c];
+    }
+#pragma unroll 4
+    for (int k = 0; k < kRows; ++k) {
+      const int token = k * C::kWarps + warp;
+      float* const row = residual + token * C::kResidualStride + lane;
+      float x[kOwn], sum = 0, squares = 0;
+#pragma unroll
+      for (int c = 0; c < kOwn; ++c) sum += x[c] = row[32 * c];
+      const float mean = warp_sum(sum) * (1.0f / C::kWidth);
+#pragma unroll
+      for (int c = 0; c < kOwn; ++c) {
+        x[c] -= mean;
+        squares = fmaf(x[c], x[c], squares);
+      }
+      const float scale = rsqrtf(warp_sum(squares) * (1.0f / C::kWidth) + call.sizes.eps);
+#pragma unroll
+      for (int c = 0; c < kOwn; ++c) {
+        const float y = fmaf(x[c] * scale, gain[c], offset[c]);
+        if (keep) row[32 * c] = y;
+        *reinterpret_cast<Weight*>(element<Weight>(operand, C::row_bytes(C::kWidth), token, lane + 32 * c)) = y;
+      }
+    }
+  }
+
+  __device__ void add_to_residual(int token, int column, float a, float b) const {
+    float2& x = *reinterpret_cast<float2*>(residual + token * C::kResidualStride + column);
+    x = make_float2(x.x + a, x.y + b);
+  }
+
+  // residual += attention(operand); the operand is overwritten.
+  __device__ void attention(int entry) {
+    product<C::kWidth, C::tiles(3 * C::kWidth)>(
+        operand, vector(entry + 1, 3 * C::kWidth), [&](int token, int column, float a, float b) {
+          store_operand<C>(wide, C::row_bytes(3 * C::kWidth), token, column, a, b);
+        });
+    __syncthreads();
+    for (int task = warp; task < kTasks; task += C::kWarps) {
+      attend<C>(wide, operand, task, lane, static_cast<Weight*>(nullptr));
+    }
+    __syncthreads();
+    product<C::kWidth, C::tiles(C::kWidth)>(
+        operand, vector(entry + 3, C::kWidth),
+        [&](int token, int column, float a, float b) { add_to_residual(token, column, a, b); });
+    __syncthreads();
+  }
+
+  // residual += down(activation(up(operand)))
+  __device__ void feed_forward(int entry) {
+    constexpr int kTiles = C::tiles(C::kHidden), kOwn = C::tiles(C::kWidth);
+    const Bias<kOwn> bias(vector(entry + 3, C::kWidth), warp, lane);
+    Sums<kOwn> sums = {};
+#pragma unroll 1
+    for (int part = 0; part < C::kParts; ++part) {
+      if (part > 0) __syncthreads();
+      product<C::kWidth, kTiles>(operand, vector(entry + 1, C::kFeedforward) + part * C::kHidden,
+                                 [&](int token, int column, float a, float b) {
+                                   const bool gelu = call.sizes.gelu;
+                                   store_operand<C>(wide, C::row_bytes(C::kHidden), token, column, activate(a, gelu),
+                                                    activate(b, gelu));
+                                 });
+      __syncthreads();
+      multiply_add<C::kHidden, kOwn>(wide, sums);
+    }
+    finish<kOwn>(sums, bias, [&](int token, int column, float a, float b) { add_to_residual(token, column, a, b); });
+    __syncthreads();
+  }
+
+  // The encoder's result as an operand.
+  __device__ void encode() {
+    const SamSizes& sizes = call.sizes;
+    const int layers = static_cast<int>(sizes.layers);
+    for (int block = 0; block < layers; ++block) {
+      const int entry = 3 + 12 * block;
+      if (sizes.norm_first) normalise(entry + 8, false);
+      if (sizes.norm_first) __syncthreads();
+      attention(entry);
+      normalise(entry + (sizes.norm_first ? 10 : 8), !sizes.norm_first);
+      __syncthreads();
+      feed_forward(entry + 4);
+      if (!sizes.norm_first) normalise(entry + 10, true);
+      if (!sizes.norm_first) __syncthreads();
+    }
+    if (sizes.final_norm) {
+      normalise(3 + 12 * layers, false);
+    } else if (sizes.norm_first) {
+      constexpr int kRows = kTokens / C::kWarps;
+#pragma unroll 4
+      for (int k = 0; k < kRows; ++k) {
+        const int token = k * C::kWarps + warp;
+        for (int column = lane; column < C::kWidth; column += 32) {
+          *reinterpret_cast<Weight*>(element<Weight>(operand, C::row_bytes(C::kWidth), token, column)) =
+              residual[token * C::kResidualStride + column];
+        }
+      }
+    }
+    __syncthreads();
+  }
+
+  // output = proxy + alpha shift with shift = base - reference. The reference's share is written first, and added to by
+  // the proxy's lane of the same place, on the other side of a barrier.
+  __device__ void project() {
+    constexpr int kTiles = C::tiles(kFeatures);
+    const int entry = static_cast<int>(call.entries) - 2;
+    const int64_t first = sample * kTokens * kFeatures;
+    const bool reference = network == kReferenceSam;
+    const Bias<kTiles> bias(vector(entry + 1, kFeatures), warp, lane);
+    Sums<kTiles> sums = {};
+    if (reference) {
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile) {
+        each(tile, [&](int token, int column, int i) {
+          const float2 base = *reinterpret_cast<const float2*>(call.base_output + first + token * kFeatures + column);
+          sums[tile][i][0] = -base.x;
+          sums[tile][i][1] = -base.y;
+        });
+      }
+    }
+    multiply_add<C::kWidth, kTiles>(operand, sums);
+    const float alpha = call.alpha[slot];
+    const auto place = [&](float* of, int token, int column) {
+      return reinterpret_cast<float2*>(of + first + token * kFeatures + column);
+    };
+    if (reference) {
+      finish<kTiles>(sums, bias, [&](int token, int column, float a, float b) {
+        if (call.shift) *place(call.shift, token, column) = make_float2(-a, -b);
+        *place(call.output, token, column) = make_float2(-alpha * a, -alpha * b);
+      });
+    }
+    __syncthreads();
+    if (!reference) {
+      finish<kTiles>(sums, bias, [&](int token, int column, float a, float b) {
+        float2* const y = place(call.output, token, column);
+        *y = make_float2(y->x + a, y->y + b);
+      });
+    }
+  }
+};
+
+// Requests the entries of the flat list that are no matrices, small and scattered as they are, before they are needed.
+template <class C>
+__device__ void prefetch_vectors(const LascoCall& call, int network, int64_t slot, int warp, int lane) {
+  constexpr int kLine = 128;
+  for (int entry = 1 + warp; entry < call.entries; entry += C::kWarps) {
+    const int part = entry < 3 || entry >= call.entries - 2 ? -1 : (entry - 3) % 12;
+    if (entry == call.entries - 2 || part == 0 || part == 2 || part == 4 || part == 6) continue;
+    const int count = entry == 2                  ? kTokens * C::kWidth
+                      : entry == call.entries - 1 ? kFeatures
+                      : part == 1                 ? 3 * C::kWidth
+                      : part == 5                 ? C::kFeedforward
+                                                  : C::kWidth;
+    const char* const first =
+        static_cast<const char*>(call.weights[network][entry]) + (network == kProxySam ? slot * count * 4 : 0);
+    for (int at = lane * kLine; at < count * 4; at += 32 * kLine) {
+      asm volatile("prefetch.global.L2 [%0];" ::"l"(first + at));
+    }
+  }
+}
+
+template <class C>
+__global__ void __launch_bounds__(C::kThreads, C::kBlocks) lasco_kernel(const __grid_constant__ LascoCall call) {
+  const int64_t sample = blockIdx.x, slot = call.slot[sample];
+  if (slot < 0 || slot >= call.slots) __trap();  // as torch's own indexing does
+  const int lane = threadIdx.x % 32, of_block = threadIdx.x / 32;
+  const int warp = of_block % C::kWarps, side = of_block / C::kWarps;
+  unsigned char* const own = shared_memory + side * C::kNetwork;
+  unsigned char* const rings = shared_memory + C::kAtOnce * C::kNetwork;
+  const int first = C::kAtOnce == 2 ? side : kReferenceSam, last = C::kAtOnce == 2 ? side : kProxySam;
+  const int products = (2 + static_cast<int>(call.sizes.layers) * C::kProductsOfBlock) * (last - first + 1);
+  Matrix* const list = reinterpret_cast<Matrix*>(rings + C::kRings) + side * products;
+  list_matrices<C>(call, first, last, slot, 32 * warp + lane, list);
+  __syncthreads();
+  Sam<C> sam{.call = call,
+             .sample = sample,
+             .slot = slot,
+             .warp = warp,
+             .lane = lane,
+             .residual = reinterpret_cast<float*>(own),
+             .operand = own + C::kResidual,
+             .wide = own + C::kResidual + C::kOperand,
+             .stream = Stream<C>(list, list + products, warp, lane, rings + of_block * C::kStages * kStageBytes),
+             .network = first};
+  for (int network = first; network <= last; ++network) prefetch_vectors<C>(call, network, slot, warp, lane);
+#pragma unroll 1
+  for (;; ++sam.network) {
+    sam.stage();
+    __syncthreads();
+    sam.embed();
+    __syncthreads();
+    sam.encode();
+    sam.project();
+    if (sam.network == last) return;
+  }
+}
+
+// Launchers ----------------------------------------------------------------------------------------------------------
+
+// weights' type, width, warps of a network, networks at once, parts of the hidden layer, stages, blocks wanted on an SM
+using Float32 = Config<float, 32, 4, 2, 1, 6, 1>;
+using Float64 = Config<float, 64, 8, 1, 1, 8, 1>;
+using Float128 = Config<float, 128, 8, 1, 2, 4, 1>;
+using Half32 = Config<__nv_bfloat16, 32, 4, 2, 1, 8, 2>;
+using Half64 = Config<__nv_bfloat16, 64, 8, 2, 1, 5, 1>;
+using Half128 = Config<__nv_bfloat16, 128, 8, 1, 2, 8, 2>;
+
+template <class C>
+cudaError_t launch(const LascoCall& call, cudaStream_t stream) {
+  const cudaError_t error =
+      cudaFuncSetAttribute(lasco_kernel<C>, cudaFuncAttributeMaxDynamicSharedMemorySize, C::kShared);
+  if (error != cudaSuccess) return error;
+  lasco_kernel<C><<<static_cast<unsigned>(call.samples), C::kThreads, C::kShared, stream>>>(call);
+  return cudaGetLastError();
+}
+
+}  // namespace
+
+bool is_tiled(const SamSizes& s) {
+  const bool width = s.width == 32 || s.width == 64 || s.width == 128;
+  return width && s.tokens == kTokens && s.features == kFeatures && s.heads == kHeads && s.feedforward == 4 * s.width &&
+         s.layers >= 1 && s.layers <= kTiledLayers;
+}
+
+cudaError_t lasco_tiled(const LascoCall& call, cudaStream_t stream) {
+  const bool half = call.sizes.bfloat16;
+  switch (call.sizes.width) {
+    case 32:
+      return half ? launch<Half32>(call, stream) : launch<Float32>(call, stream);
+    case 64:
+      return half ? launch<Half64>(call, stream) : launch<Float64>(call, stream);
+    default:
+      return half ? launch<Half128>(call, stream) : launch<Float128>(call, stream);
+  }
+}
+
+}  // namespace csikernels::cuda
