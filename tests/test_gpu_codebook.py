@@ -183,6 +183,12 @@ def test_environments(device, n, books, k):
     agrees(search(device, h, words, environment), by_reference(h, words, environment=environment))
 
 
+def test_more_queries_than_one_launch_takes(device):
+    h, words = gaussian(4100, 2), gaussian(3, 5, 2)
+    environment = torch.arange(4100) % 3
+    agrees(search(device, h, words, environment), by_reference(h, words, environment=environment))
+
+
 def test_an_environment_out_of_range_stops_the_kernel(simulated):
     for wrong in (-1, 3):
         with pytest.raises(simulator.ptxsim().PtxFault, match="trap"):

@@ -255,7 +255,8 @@ __global__ void __launch_bounds__(kThreads, Tiling<kQueries>::kBlocks)
   stage_queries<Float, kQueries>(s, reinterpret_cast<uint32_t*>(staged), queries);
   __syncthreads();
 
-  // One run for each book that queries of the block use: in the order of environments these are few.
+  // One run for each book that queries of the block use: in the order of environments these are few. The barrier within
+  // the last listing of a run frees the ring for the next.
   for (int begin = 0, end; begin < count; begin = end) {
     if (begin > 0) {
       book = queries.book[begin];
@@ -292,8 +293,6 @@ __global__ void __launch_bounds__(kThreads, Tiling<kQueries>::kBlocks)
       }
       listing.take(sums, first + t, residual);
     }
-    wait_async<0>();
-    __syncthreads();  // the ring and the best are free for the next run
   }
 }
 
