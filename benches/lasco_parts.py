@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 
 import torch
+from compare import DEVICE
 from torch import Tensor
 
 from csimodels.models.channel_transformer import ChannelTransformer, TransformerConfig
@@ -17,13 +18,13 @@ def modules(
     slots: int, layers: int = 2, width: int = 64
 ) -> tuple[ChannelTransformer, list[ChannelTransformer], Tensor]:
     torch.manual_seed(0)
-    reference, *proxies = (ChannelTransformer(TransformerConfig.sam(layers, width)).eval() for _ in range(slots + 1))
-    return reference, proxies, torch.linspace(0.2, 1.2, slots)
+    made = [ChannelTransformer(TransformerConfig.sam(layers, width)).eval().to(DEVICE) for _ in range(slots + 1)]
+    return made[0], made[1:], torch.linspace(0.2, 1.2, slots, device=DEVICE)
 
 
 def inputs(slots: int, samples: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-    h_in, base_output = torch.randn(2, slots * samples, 32, 64, generator=torch.Generator().manual_seed(1))
-    return h_in, base_output, torch.arange(slots).repeat(samples)
+    pair = torch.randn(2, slots * samples, 32, 64, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    return *pair, torch.arange(slots, device=DEVICE).repeat(samples)
 
 
 def loop(reference, proxies, alpha) -> Callable:
@@ -43,8 +44,3 @@ def check(actual: Tensor, expected: Tensor, precision: str) -> None:
 def exact(reference, proxies, alpha, h_in: Tensor, base_output: Tensor) -> Tensor:
     reference, *proxies = (copy.deepcopy(module).double() for module in (reference, *proxies))
     return loop(reference, proxies, alpha.double())(h_in.double(), base_output.double())
-
-
-def run(benchmark, name: str, function: Callable, *arguments, rounds: int = 15) -> None:
-    benchmark.name = name
-    benchmark.pedantic(function, arguments, rounds=rounds, iterations=1, warmup_rounds=3)

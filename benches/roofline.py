@@ -114,7 +114,7 @@ def registers() -> dict[str, int]:
     """Kernel (without the hash of its file) -> registers a thread on sm_90a."""
     found = {}
     for source in simulator.kernel_sources():
-        flags = "-arch=sm_90a -Xptxas -v -cubin -o /dev/null".split()
+        flags = ["-arch=sm_90a", "-Xptxas", "-v", "-cubin", "-o", "/dev/null"]
         command = ["nvcc", *simulator.NVCC_FLAGS, *flags, str(source)]
         report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
         for kernel, used in re.findall(r"entry function '(\w+)'.*?Used (\d+) registers", report, re.DOTALL):

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from compare import compare
+from compare import DEVICE, compare
 
 from csikernels import Codebook, codebook_argmax
 
@@ -31,7 +31,7 @@ SLACK = {"torch complex64": 1e-5, "torch float32 product": 1e-5, "torch bfloat16
 
 
 def gaussian(*shape: int, seed: int) -> torch.Tensor:
-    return torch.randn(*shape, dtype=torch.complex64, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(*shape, dtype=torch.complex64, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
 
 
 def unit(rows: torch.Tensor) -> torch.Tensor:
@@ -44,7 +44,7 @@ def make_book(kind: str, words: int) -> torch.Tensor:
         return gaussian(64, ANTENNAS, seed=3)[torch.arange(words) % 64] + 0.1 * gaussian(words, ANTENNAS, seed=2)
     if kind == "dft":
         phase = torch.outer(torch.arange(words), torch.arange(ANTENNAS)) % words
-        return torch.exp(2j * torch.pi * phase.double() / words).to(torch.complex64)
+        return torch.exp(2j * torch.pi * phase.double() / words).to(torch.complex64).to(DEVICE)
     return gaussian(words, ANTENNAS, seed=2)
 
 
@@ -115,11 +115,11 @@ def test_search(benchmark, queries, bits, kind, calls, rounds):
 def test_environments(benchmark):
     count, words, queries = 64, 1024, 1024
     books, h = gaussian(count, words, ANTENNAS, seed=2), gaussian(queries, ANTENNAS, seed=1)
-    environment = torch.arange(queries) % count
+    environment = torch.arange(queries, device=DEVICE) % count
     packed, transposed = Codebook(books), unit(books).mT
 
     def loop() -> torch.Tensor:
-        index = torch.empty(queries, dtype=torch.int64)
+        index = torch.empty(queries, dtype=torch.int64, device=DEVICE)
         for book in range(count):
             rows = environment == book
             index[rows] = (h[rows].conj() @ transposed[book]).abs().argmax(1)
@@ -152,7 +152,7 @@ def test_pack(benchmark):
 
     def check(name: str, result) -> None:
         if name == "normalised copy":
-            torch.testing.assert_close(result.norm(dim=1), torch.ones(len(words)))
+            torch.testing.assert_close(result.norm(dim=1), torch.ones(len(words), device=DEVICE))
         else:
             assert torch.equal(result.search(h)[0], index)
 

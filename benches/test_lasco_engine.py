@@ -7,16 +7,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from compare import compare
+from compare import DEVICE, compare
 from lasco_engine_peers import peers_of
 from lasco_parts import check, exact, inputs, modules
 from torch import Tensor
 
-import csikernels
 from csikernels import LascoEngine, SamBank, lasco_forward
 from csimodels.models.channel_transformer import ChannelTransformer, TransformerConfig
-
-BACKENDS = csikernels.backends()["transformer_forward"]["cpu"]
 
 
 def operations(config: TransformerConfig, samples: int) -> float:
@@ -39,7 +36,7 @@ def operations(config: TransformerConfig, samples: int) -> float:
 @torch.inference_mode()
 def test_engine(benchmark, precision, name, config, samples, rounds):
     parts = modules(samples)
-    base = ChannelTransformer(config).eval()
+    base = ChannelTransformer(config).eval().to(DEVICE)
     h_in, _, slot = inputs(samples)
     bank = SamBank.from_modules(*parts)
     engine = LascoEngine(base, bank, precision)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from compare import compare
+from compare import DEVICE, compare
 from lasco_parts import inputs, modules
 from torch import Tensor
 from torch.nn import functional as F
@@ -20,7 +20,7 @@ from torch.nn import functional as F
 import csikernels
 from csikernels import SamBank, lasco_forward, lasco_squared_error
 
-BACKENDS = csikernels.backends()["lasco_training_forward"]["cpu"]
+BACKENDS = csikernels.backends()["lasco_training_forward"][DEVICE.type]
 SIZES = [(8, 256), (1, 256), (8, 64)]  # environments, samples of each
 STEPS = 20
 OPERATIONS = 7.34e6  # of one sample's forward; a backward has twice as many
@@ -62,7 +62,7 @@ def loop_step(
         losses = []
         for proxy, a, optimiser, h, base, wanted, own in zip(proxies, alphas, optimisers, *columns, strict=True):
             optimiser.zero_grad()
-            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            with torch.autocast(DEVICE.type, torch.bfloat16, enabled=autocast):
                 if known is None:
                     with torch.no_grad():
                         own = reference(h)
@@ -79,13 +79,13 @@ def loop_step(
 @pytest.mark.parametrize("known", [False, True], ids=["reference run in every step", "reference output known"])
 @pytest.mark.parametrize(("slots", "samples"), SIZES)
 def test_adaptation_step(benchmark, slots, samples, known):
-    if "cpp" not in BACKENDS:
+    if BACKENDS == ["reference"]:
         pytest.skip("the reference backend trains at the speed of its peers")
     parts = modules(slots)
     h_in, base_output, _ = inputs(slots, samples)
     with torch.no_grad():
         output = parts[0](h_in) if known else None
-    slot = torch.arange(slots).repeat_interleave(samples)
+    slot = torch.arange(slots, device=DEVICE).repeat_interleave(samples)
     batch = (parts, output, h_in, base_output, slot, h_in.flip(0))
     ours, own_loss, loop = bank_step(*batch), bank_step(*batch, own_loss=True), loop_step(*batch)
     for _ in range(STEPS):

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from compare import compare
+from compare import DEVICE, compare
 from torch.nn import functional as F
 
 from csikernels import NF4Weight, loftq_init, nf4_lora_linear, nf4_quantize
@@ -29,7 +29,7 @@ Functions = dict[str, Callable[[], torch.Tensor]]
 
 
 def gaussian(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
 
 
 class Layer:
@@ -59,7 +59,7 @@ class Layer:
             kind = {"quant_type": "nf4", "compress_statistics": False}
             base = nn.Linear4bit(k, n, bias=False, compute_dtype=x.dtype, **kind)
             base.weight = nn.Params4bit(self.dense, **kind)
-            base = base.to("cpu").train(mode == "train")
+            base = base.to(DEVICE).train(mode == "train")
             return lambda: base(x) + self.adapter(x)
 
         return peers | {f"bitsandbytes {mode}": linear4bit(mode) for mode in (["train"] if train else []) + ["eval"]}

@@ -12,7 +12,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from compare import compare
+from compare import DEVICE, compare
 
 import csikernels
 
@@ -24,19 +24,20 @@ BATCHES = [1, 256]
 
 
 def noise(batch: int) -> torch.Tensor:
-    return torch.randn(batch, *SHAPE, generator=torch.Generator().manual_seed(batch))
+    return torch.randn(batch, *SHAPE, generator=torch.Generator().manual_seed(batch)).to(DEVICE)
 
 
 def clusters(batch: int) -> torch.Tensor:
     """Like CSI in the angle-delay domain: a few strong clusters in weak noise."""
     generator = torch.Generator().manual_seed(batch)
     envelope = torch.rand(batch, *SHAPE, generator=generator) ** 8
-    return envelope * torch.randn(batch, *SHAPE, generator=generator) * 3
+    return (envelope * torch.randn(batch, *SHAPE, generator=generator) * 3).to(DEVICE)
 
 
 def sparse(batch: int) -> torch.Tensor:
     """90% zeros."""
-    return noise(batch) * (torch.rand(batch, *SHAPE, generator=torch.Generator().manual_seed(batch + 1)) > 0.9)
+    kept = torch.rand(batch, *SHAPE, generator=torch.Generator().manual_seed(batch + 1)) > 0.9
+    return noise(batch) * kept.to(DEVICE)
 
 
 def information(h: torch.Tensor) -> torch.Tensor:
