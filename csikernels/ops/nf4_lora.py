@@ -25,9 +25,10 @@ BACKWARD = _dispatch.define(
 )
 
 _linear = torch.ops.csikernels.nf4_lora_linear.default
-# Plain CPU tensors go straight to the compiled op, which checks them by itself: for one token, checks in Python would
-# take as long as the kernel.
+# Plain tensors go straight to the compiled op, which checks them by itself: for one token, checks in Python would take
+# as long as the kernel.
 _COMPILED = _dispatch.has_compiled_kernel(LINEAR, "cpu")
+_COMPILED_CUDA = _dispatch.has_compiled_kernel(LINEAR, "cuda")
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 _dispatch.implement(QUANTIZE, "reference")(reference.quantize)
@@ -116,6 +117,9 @@ _register_autocast("cuda", "AutocastCUDA")
 def nf4_quantize(weight, block_size: int = 64) -> NF4Weight:
     """Quantise a weight to NF4 blocks, bit-identical to bitsandbytes' (``quant_type="nf4"``, no nested statistics).
 
+    On a GPU the default backend is ``cuda``. It waits for the result, to name an element that is not finite, so it
+    cannot be captured in a CUDA graph; :func:`nf4_lora_linear`, its gradients and ``dequantize`` can.
+
     Args:
         weight: float16, bfloat16, float32 or float64 [N, K]; tensor or array. float64 is rounded to float32 first.
         block_size: elements of the flattened weight that share a scale: 32, 64, 128, ..., 4096.
@@ -141,6 +145,13 @@ def nf4_lora_linear(x, weight: NF4Weight, lora_a, lora_b, *, scaling: float = 1.
     arguments is float64, in float64 by torch. Gradients flow to ``x``, ``lora_a``, ``lora_b`` and ``bias``, in float32
     or wider; the 4-bit weight is constant. Under autocast ``x`` is cast as for ``F.linear``.
 
+    On a GPU of compute capability 8.0 or later the default backend is ``cuda``: float32 by fused multiply-adds, never
+    TF32; a bfloat16 or float16 ``x`` on tensor cores with float32 sums, the weight's elements rounded to that dtype
+    once, and beyond 16 tokens the adapter and ``x A^T`` too. There, gradients of ``x`` are products in its dtype, and
+    those of the adapter too where it has that dtype, else in float32. Products of the adapter alone are cuBLAS's
+    beyond 16 tokens and in gradients, so that torch's settings for TF32 hold for them. float64, and sizes of more than
+    8 million rows or columns, take the reference.
+
     Args:
         x: float16, bfloat16, float32 or float64 [..., K].
         weight: NF4 weight W [N, K].
@@ -155,7 +166,7 @@ def nf4_lora_linear(x, weight: NF4Weight, lora_a, lora_b, *, scaling: float = 1.
         TypeError: an argument has the wrong type or dtype.
         ValueError: shapes or devices do not fit, or ``scaling`` is not finite.
     """
-    if _COMPILED and _is_plain(x, weight, lora_a, lora_b, scaling, bias):
+    if _is_plain(x, weight, lora_a, lora_b, scaling, bias):
         try:
             return _linear(x, weight.packed, weight.absmax, weight.block_size, lora_a, lora_b, scaling, bias)
         except (TypeError, ValueError):
@@ -172,11 +183,12 @@ def _is_plain(x, weight, lora_a, lora_b, scaling, bias) -> bool:
         and type(lora_b) in _PLAIN
         and type(scaling) is float
         and math.isfinite(scaling)
-        and x.is_cpu
-        and weight.packed.is_cpu
-        and lora_a.is_cpu
-        and lora_b.is_cpu
-        and (bias is None or (type(bias) in _PLAIN and bias.is_cpu))
+        and (bias is None or type(bias) in _PLAIN)
+        and (
+            (_COMPILED and x.is_cpu and weight.packed.is_cpu and lora_a.is_cpu and lora_b.is_cpu)
+            or (_COMPILED_CUDA and x.is_cuda and x.device == weight.packed.device == lora_a.device == lora_b.device)
+        )
+        and (bias is None or bias.device == x.device)
         and (lora_b.shape[:1] + x.shape[-1:]) == weight.shape
     )
 

@@ -5,12 +5,12 @@
 
 #include <cstdint>
 
+#include "cuda/scalar.h"
+
 namespace csikernels::cuda {
 
 constexpr int kMaxElements = 16384;  // C*H*W of a sample: its keys lie in shared memory
 constexpr int kMaxOffsets = 256;
-
-enum class Scalar { float16, bfloat16, float32, float64 };
 
 // Neighbours of an element, relative to it.
 struct Offsets {

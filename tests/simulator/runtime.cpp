@@ -66,6 +66,9 @@ EXPORT void __cudaRegisterFunction(void**, const char* host, char*, const char* 
   kernels()[host] = name;
 }
 
+// Constants are in the PTX.
+EXPORT void __cudaRegisterVar(void**, char*, char*, const char*, int, size_t, int, int) {}
+
 EXPORT unsigned __cudaPushCallConfiguration(dim3 grid, dim3 block, size_t shared, cudaStream_t stream) {
   configuration = {grid, block, shared, stream};
   return 0;
