@@ -85,9 +85,18 @@ def test_close_codewords_are_told_apart(device):
 
 
 @pytest.mark.parametrize("noise", [1e-1, 1e-3, 1e-6])
-def test_lists_that_overflow(device, noise):
+def test_lists_of_nearly_the_whole_book(device, noise):
     book = gaussian(1, 12, dtype=torch.complex128) + noise * gaussian(2500, 12, dtype=torch.complex128, seed=1)
     h = torch.cat([gaussian(1, 12, seed=2), gaussian(1, 12) + noise * gaussian(1, 12, seed=3)])
+    check(device, h, book)
+
+
+def test_lists_that_overflow(device):
+    # Two queries have no word nearer than the error of bfloat16, so that all are listed, and there are too many.
+    h, book = gaussian(300, 4), gaussian(14_000, 4, seed=1)
+    book[:, 3] = 0
+    h[[7, 290], :3] = 0
+    h[290, 0] = 1e-7
     check(device, h, book)
 
 

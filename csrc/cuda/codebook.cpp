@@ -103,7 +103,7 @@ IndexAndSimilarity search_cuda(const at::Tensor& h, const at::Tensor& words, con
   search.factors = reinterpret_cast<const double*>(bytes);
   search.tiles = bytes + layout.tiles_at();
   search.residuals = reinterpret_cast<const float*>(bytes + layout.residuals_at());
-  search.capacity = std::min(layout.words, codebook::kMaxCandidates);
+  search.capacity = std::min(layout.words, codebook::kListed / at_once);
   at::Tensor bounds = at::empty({2, at_once}, h.options().dtype(at::kInt));
   at::Tensor list = at::empty({at_once, search.capacity}, h.options().dtype(at::kLong));
   search.best = write<uint32_t>(bounds);

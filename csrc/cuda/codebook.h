@@ -18,9 +18,9 @@ namespace csikernels::cuda::codebook {
 constexpr int kTileWords = 128;
 constexpr int kChunk = 16;  // complex numbers of each word in one stage of the pipeline
 constexpr int kChunkBytes = kTileWords * kChunk * 4;
-constexpr int kMaxDimension = 256;        // queries of more do not fit into shared memory
-constexpr int64_t kRowsAtOnce = 4096;     // queries of one launch: what bounds the lists
-constexpr int64_t kMaxCandidates = 2048;  // listed words of a query, beyond which all words are scored
+constexpr int kMaxDimension = 256;     // queries of more do not fit into shared memory
+constexpr int64_t kRowsAtOnce = 4096;  // queries of one launch
+constexpr int64_t kListed = 1 << 22;   // words that the lists of one launch hold together: 32 MB
 
 struct Layout {
   int64_t books, words, dimension;
