@@ -45,13 +45,13 @@ struct Config {
   __host__ __device__ static constexpr int tiles(int rows) { return rows / (kRowsOfTile * kWarps); }
   __host__ __device__ static constexpr int chunks(int depth) { return depth * int(sizeof(Weight)) / kPieceBytes; }
 
-  // Bytes of shared memory: per network | residual stream | operand | qkv, hidden layer or input |, then the rings
-  // and the list of products.
-  static constexpr int kResidualStride = kWidth + 8;  // floats: pairs of 4 neighbouring tokens meet every bank once
-  static constexpr int kResidual = 4 * kTokens * kResidualStride;
+  // Bytes of shared memory: per network | LayerNorm | residual stream | operand | qkv, hidden layer or input |, then
+  // the rings and the list of products.
+  static constexpr int kAffine = 4 * 2 * kWidth;
+  static constexpr int kResidual = 4 * kTokens * kWidth;
   static constexpr int kOperand = kTokens * row_bytes(kWidth);
   static constexpr int kWide = kTokens * std::max({row_bytes(3 * kWidth), row_bytes(kHidden), row_bytes(kFeatures)});
-  static constexpr int kNetwork = kResidual + kOperand + kWide;
+  static constexpr int kNetwork = kAffine + kResidual + kOperand + kWide;
   static constexpr int kProductsOfBlock = 2 + 2 * kParts;
   static constexpr int kProducts = 2 + kTiledLayers * kProductsOfBlock;  // at most
   static constexpr int kRings = kAtOnce * kWarps * kStages * kStageBytes;
@@ -85,6 +85,20 @@ template <class C>
 __device__ void store_operand(unsigned char* operand, int row_bytes, int token, int column, float a, float b) {
   using Weight = typename C::Weight;
   store_pair(reinterpret_cast<Weight*>(element<Weight>(operand, row_bytes, token, column)), a, b);
+}
+
+// Of 4 neighbouring columns.
+__device__ inline void store_four(float* to, float4 y) { *reinterpret_cast<float4*>(to) = y; }
+__device__ inline void store_four(__nv_bfloat16* to, float4 y) {
+  const __nv_bfloat162 low = __floats2bfloat162_rn(y.x, y.y), high = __floats2bfloat162_rn(y.z, y.w);
+  *reinterpret_cast<uint2*>(to) =
+      make_uint2(*reinterpret_cast<const uint32_t*>(&low), *reinterpret_cast<const uint32_t*>(&high));
+}
+
+template <class C>
+__device__ void store_operand(unsigned char* operand, int row_bytes, int token, int column, float4 y) {
+  using Weight = typename C::Weight;
+  store_four(reinterpret_cast<Weight*>(element<Weight>(operand, row_bytes, token, column)), y);
 }
 
 __device__ inline uint32_t shared_address(const void* pointer) {
@@ -171,20 +185,20 @@ class Stream {
     // The piece is there for all lanes, and all of them are done with the one before, whose place is filled next.
     if constexpr (sizeof(typename C::Weight) == 4) __syncwarp();
     constexpr int kLast = (C::kStages - 1) * kStageBytes;
-    fetch(at_ == 0 ? kLast : at_ - kStageBytes);
-    const uint32_t piece = own_ + at_;
+    fetch(free_);
+    free_ = at_;
     at_ = at_ == kLast ? 0 : at_ + kStageBytes;
-    return piece;
+    return own_ + free_;
   }
 
  private:
   __device__ void fetch(int stage) {
     if (tiles_ > 0) {
-      asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(own_ + stage), "l"(next_) : "memory");
+      asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(own_ + stage), "l"(next_) : "memory");
       next_ += tile_step_;
-      if (++tile_ == tiles_) {
-        tile_ = 0;
-        next_ += kPieceBytes - tiles_ * tile_step_;
+      if (--tile_ == 0) {
+        tile_ = tiles_;
+        next_ += to_next_chunk_;
         if (--chunks_ == 0) open();
       }
     }
@@ -199,16 +213,17 @@ class Stream {
     const int row_bytes = static_cast<int>(matrix.row_units) * kUnit;
     next_ = matrix.first + row_ * row_bytes + unit_ * kUnit;
     tile_step_ = C::kWarps * kRowsOfTile * row_bytes;
-    tiles_ = matrix.tiles;
+    tile_ = tiles_ = matrix.tiles;
+    to_next_chunk_ = kPieceBytes - tiles_ * tile_step_;
     chunks_ = matrix.chunks;
   }
 
   const Matrix *list_, *end_;
-  const int row_, unit_;  // of this lane, in a tile and in a piece of a row
-  uint32_t own_;          // where its unit lies in the first stage
-  int at_ = 0;            // the stage to be taken next, in bytes
+  const int row_, unit_;                                // of this lane, in a tile and in a piece of a row
+  uint32_t own_;                                        // where its unit lies in the first stage
+  int at_ = 0, free_ = (C::kStages - 1) * kStageBytes;  // the stage to be taken next, and the one before; in bytes
   const unsigned char* next_;
-  int tile_ = 0, tiles_, chunks_, tile_step_;  // of the piece to be fetched next
+  int tile_, tiles_, chunks_, tile_step_, to_next_chunk_;  // of the piece to be fetched next; tile_ and chunks_: left
 };
 
 }  // namespace

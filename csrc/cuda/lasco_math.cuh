@@ -15,6 +15,13 @@ __device__ inline float warp_sum(float x) {
   return x;
 }
 
+// Over 8 neighbouring lanes.
+__device__ inline float sum_of_8(float x) {
+#pragma unroll
+  for (int step = 4; step > 0; step /= 2) x += __shfl_xor_sync(kWarp, x, step);
+  return x;
+}
+
 __device__ inline float warp_max(float x) {
 #pragma unroll
   for (int step = 16; step > 0; step /= 2) x = fmaxf(x, __shfl_xor_sync(kWarp, x, step));

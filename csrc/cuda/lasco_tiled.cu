@@ -11,7 +11,7 @@
 //   comes, so it comes once.
 // Tiling: a warp holds the sums of its 8-row tiles of a matrix for all tokens, up to 64 registers a lane, so that an
 //   operand is read from shared memory once for all of them. Where both networks fit into 99 KB they run side by side
-//   in lock step, which halves the way through 6 L + 3 barriers; that way, not bytes or operations, is what a launch of
+//   in lock step, which halves the way through 7 L + 4 barriers; that way, not bytes or operations, is what a launch of
 //   fewer samples than multiprocessors waits for. Otherwise the reference goes first, the rings running on.
 // Bytes of a sample at L = 2, d = 64: both networks, 457 KB in bfloat16 and 883 KB in float32, and 25 KB of inputs and
 //   output. The reference, and a proxy that several samples use, come from memory once and then from the L2 cache.
@@ -21,12 +21,12 @@
 //   the L2 cache, at 64 bytes a clock, a block of bfloat16 takes 4.3 us, and its shared memory serves 2.1 MB in 9.5 us.
 //
 //   d    type      warps  shared memory  registers (sm_90a)  blocks on a multiprocessor of 227 KB
-//   32   bfloat16  2 x 4      68.4 KB      105                 2
-//   64   bfloat16  2 x 8     101.2 KB      107                 1
-//   128  bfloat16      8      84.2 KB      128                 2
-//   32   float32   2 x 4      76.6 KB      168                 1
-//   64   float32       8      83.8 KB      216                 1
-//   128  float32       8     100.5 KB      252                 1
+//   32   bfloat16  2 x 4      66.9 KB      114                 2
+//   64   bfloat16  2 x 8     100.2 KB      118                 1
+//   128  bfloat16      8      84.9 KB      128                 2
+//   32   float32   2 x 4      75.1 KB      204                 1
+//   64   float32       8      83.3 KB      214                 1
+//   128  float32       8     100.5 KB      254                 1
 #include <cuda_bf16.h>
 
 #include "cuda/lasco_attention.cuh"
@@ -44,13 +44,15 @@ extern __shared__ __align__(128) unsigned char shared_memory[];
 template <class C>
 struct Sam {
   using Weight = typename C::Weight;
+  static constexpr int kNone = -1, kResidualBytes = 4 * C::kWidth;
 
   const LascoCall& call;
   const int64_t sample, slot;
   const int warp, lane;
-  float* const residual;         // [32][kResidualStride]
-  unsigned char* const operand;  // [32][d]
-  unsigned char* const wide;     // [32][3 d] as qkv, [32][kHidden] or [32][F]
+  float* const affine;            // [2][d]: weight and bias of the next LayerNorm
+  unsigned char* const residual;  // [32][d], float32
+  unsigned char* const operand;   // [32][d]
+  unsigned char* const wide;      // [32][3 d] as qkv, [32][kHidden] or [32][F]
   Stream<C> stream;
   int network;
 
@@ -122,9 +124,7 @@ struct Sam {
 #pragma unroll
     for (int k = 0; k < kCount / kStep; ++k) {
       const int i = k * kStep + 32 * warp + lane, token = i / (kFeatures / 4), column = i % (kFeatures / 4) * 4;
-      const float4 value = h[i];
-      store_operand<C>(wide, C::row_bytes(kFeatures), token, column, value.x, value.y);
-      store_operand<C>(wide, C::row_bytes(kFeatures), token, column + 2, value.z, value.w);
+      store_operand<C>(wide, C::row_bytes(kFeatures), token, column, h[i]);
     }
   }
 
@@ -142,53 +142,92 @@ struct Sam {
       });
     }
     const Bias<kTiles> bias(vector(1, C::kWidth), warp, lane);
+    const float requested = request(call.sizes.norm_first ? 3 + 8 : kNone);
     multiply_add<kFeatures, kTiles>(wide, sums);
     finish<kTiles>(sums, bias, [&](int token, int column, float a, float b) {
-      store_pair(residual + token * C::kResidualStride + column, a, b);
+      store_pair(reinterpret_cast<float*>(element<float>(residual, kResidualBytes, token, column)), a, b);
       store_operand<C>(operand, C::row_bytes(C::kWidth), token, column, a, b);
     });
+    keep(requested);
   }
 
-  // operand = LayerNorm(residual), and so the residual stream itself where `keep`.
-  __device__ void normalise(int entry, bool keep) const {
-    constexpr int kOwn = C::kWidth / 32, kRows = kTokens / C::kWarps;
-    const float *weight = vector(entry, C::kWidth), *bias = vector(entry + 1, C::kWidth);
-    float gain[kOwn], offset[kOwn];
+  // A norm's weight and bias come by way of shared memory: requested before a product, stored after it, for the
+  // normalise() behind the next barrier.
+  __device__ float request(int norm) const {
+    static_assert(2 * C::kWidth <= 32 * C::kWarps);
+    const int own = 32 * warp + lane;
+    return norm != kNone && own < 2 * C::kWidth ? vector(norm + own / C::kWidth, C::kWidth)[own % C::kWidth] : 0;
+  }
+  __device__ void keep(float requested) const {
+    if (32 * warp + lane < 2 * C::kWidth) affine[32 * warp + lane] = requested;
+  }
+
+  // Tokens of this lane where 8 lanes share one.
+  template <class Visit>
+  __device__ void rows(const Visit& visit) const {
 #pragma unroll
-    for (int c = 0; c < kOwn; ++c) {
-      gain[c] = weight[lane + 32 * c];
-      offset[c] = bias[lane + 32 * c];
-    }
-#pragma unroll 4
-    for (int k = 0; k < kRows; ++k) {
-      const int token = k * C::kWarps + warp;
-      float* const row = residual + token * C::kResidualStride + lane;
-      float x[kOwn], sum = 0, squares = 0;
+    for (int token = 4 * warp + lane / 8; token < kTokens; token += 4 * C::kWarps) visit(token);
+  }
+
+  __device__ float4* residual_at(int token, int column) const {
+    return reinterpret_cast<float4*>(element<float>(residual, kResidualBytes, token, column));
+  }
+
+  __device__ void store_four(int token, int column, float4 y) const {
+    store_operand<C>(operand, C::row_bytes(C::kWidth), token, column, y);
+  }
+
+  // operand = LayerNorm(residual), and so the residual stream itself where `replace`; 8 lanes a token.
+  __device__ void normalise(bool replace) const {
+    constexpr int kOwn = C::kWidth / 32;
+    const int first = lane % 8 * 4;
+    rows([&](int token) {
+      float4 x[kOwn];
+      float sum = 0, squares = 0;
 #pragma unroll
-      for (int c = 0; c < kOwn; ++c) sum += x[c] = row[32 * c];
-      const float mean = warp_sum(sum) * (1.0f / C::kWidth);
-#pragma unroll
-      for (int c = 0; c < kOwn; ++c) {
-        x[c] -= mean;
-        squares = fmaf(x[c], x[c], squares);
+      for (int u = 0; u < kOwn; ++u) {
+        x[u] = *residual_at(token, first + 32 * u);
+        sum += (x[u].x + x[u].y) + (x[u].z + x[u].w);
       }
-      const float scale = rsqrtf(warp_sum(squares) * (1.0f / C::kWidth) + call.sizes.eps);
+      const float mean = sum_of_8(sum) * (1.0f / C::kWidth);
 #pragma unroll
-      for (int c = 0; c < kOwn; ++c) {
-        const float y = fmaf(x[c] * scale, gain[c], offset[c]);
-        if (keep) row[32 * c] = y;
-        *reinterpret_cast<Weight*>(element<Weight>(operand, C::row_bytes(C::kWidth), token, lane + 32 * c)) = y;
+      for (int u = 0; u < kOwn; ++u) {
+        x[u] = make_float4(x[u].x - mean, x[u].y - mean, x[u].z - mean, x[u].w - mean);
+        squares += (x[u].x * x[u].x + x[u].y * x[u].y) + (x[u].z * x[u].z + x[u].w * x[u].w);
       }
-    }
+      const float scale = rsqrtf(sum_of_8(squares) * (1.0f / C::kWidth) + call.sizes.eps);
+#pragma unroll
+      for (int u = 0; u < kOwn; ++u) {
+        const int column = first + 32 * u;
+        const float4 gain = *reinterpret_cast<const float4*>(affine + column);
+        const float4 offset = *reinterpret_cast<const float4*>(affine + C::kWidth + column);
+        const float4 y = make_float4(fmaf(x[u].x * scale, gain.x, offset.x), fmaf(x[u].y * scale, gain.y, offset.y),
+                                     fmaf(x[u].z * scale, gain.z, offset.z), fmaf(x[u].w * scale, gain.w, offset.w));
+        if (replace) *residual_at(token, column) = y;
+        store_four(token, column, y);
+      }
+    });
+    __syncthreads();
+  }
+
+  // operand = residual
+  __device__ void convert() const {
+    rows([&](int token) {
+#pragma unroll
+      for (int column = lane % 8 * 4; column < C::kWidth; column += 32) {
+        store_four(token, column, *residual_at(token, column));
+      }
+    });
+    __syncthreads();
   }
 
   __device__ void add_to_residual(int token, int column, float a, float b) const {
-    float2& x = *reinterpret_cast<float2*>(residual + token * C::kResidualStride + column);
+    float2& x = *reinterpret_cast<float2*>(element<float>(residual, kResidualBytes, token, column));
     x = make_float2(x.x + a, x.y + b);
   }
 
-  // residual += attention(operand); the operand is overwritten.
-  __device__ void attention(int entry) {
+  // residual += attention(operand); the operand is overwritten. `norm` is that of the next normalise().
+  __device__ void attention(int entry, int norm) {
     product<C::kWidth, C::tiles(3 * C::kWidth)>(
         operand, vector(entry + 1, 3 * C::kWidth), [&](int token, int column, float a, float b) {
           store_operand<C>(wide, C::row_bytes(3 * C::kWidth), token, column, a, b);
@@ -198,16 +237,19 @@ struct Sam {
       attend<C>(wide, operand, task, lane, static_cast<Weight*>(nullptr));
     }
     __syncthreads();
+    const float requested = request(norm);
     product<C::kWidth, C::tiles(C::kWidth)>(
         operand, vector(entry + 3, C::kWidth),
         [&](int token, int column, float a, float b) { add_to_residual(token, column, a, b); });
+    keep(requested);
     __syncthreads();
   }
 
   // residual += down(activation(up(operand)))
-  __device__ void feed_forward(int entry) {
+  __device__ void feed_forward(int entry, int norm) {
     constexpr int kTiles = C::tiles(C::kHidden), kOwn = C::tiles(C::kWidth);
     const Bias<kOwn> bias(vector(entry + 3, C::kWidth), warp, lane);
+    const float requested = request(norm);
     Sums<kOwn> sums = {};
 #pragma unroll 1
     for (int part = 0; part < C::kParts; ++part) {
@@ -222,38 +264,32 @@ struct Sam {
       multiply_add<C::kHidden, kOwn>(wide, sums);
     }
     finish<kOwn>(sums, bias, [&](int token, int column, float a, float b) { add_to_residual(token, column, a, b); });
+    keep(requested);
     __syncthreads();
   }
 
   // The encoder's result as an operand.
   __device__ void encode() {
-    const SamSizes& sizes = call.sizes;
-    const int layers = static_cast<int>(sizes.layers);
+    const int layers = static_cast<int>(call.sizes.layers),
+              final_norm = call.sizes.final_norm ? 3 + 12 * layers : kNone;
+    const bool norm_first = call.sizes.norm_first;
     for (int block = 0; block < layers; ++block) {
-      const int entry = 3 + 12 * block;
-      if (sizes.norm_first) normalise(entry + 8, false);
-      if (sizes.norm_first) __syncthreads();
-      attention(entry);
-      normalise(entry + (sizes.norm_first ? 10 : 8), !sizes.norm_first);
-      __syncthreads();
-      feed_forward(entry + 4);
-      if (!sizes.norm_first) normalise(entry + 10, true);
-      if (!sizes.norm_first) __syncthreads();
+      const int entry = 3 + 12 * block, norm1 = entry + 8, norm2 = entry + 10;
+      if (norm_first) normalise(false);
+      attention(entry, norm_first ? norm2 : norm1);
+      normalise(!norm_first);
+      feed_forward(entry + 4, !norm_first ? norm2 : block + 1 < layers ? norm1 + 12 : final_norm);
+      if (!norm_first) normalise(true);
     }
-    if (sizes.final_norm) {
-      normalise(3 + 12 * layers, false);
-    } else if (sizes.norm_first) {
-      constexpr int kRows = kTokens / C::kWarps;
-#pragma unroll 4
-      for (int k = 0; k < kRows; ++k) {
-        const int token = k * C::kWarps + warp;
-        for (int column = lane; column < C::kWidth; column += 32) {
-          *reinterpret_cast<Weight*>(element<Weight>(operand, C::row_bytes(C::kWidth), token, column)) =
-              residual[token * C::kResidualStride + column];
-        }
+    if (final_norm != kNone) {
+      if (!norm_first) {
+        keep(request(final_norm));
+        __syncthreads();
       }
+      normalise(false);
+    } else if (norm_first) {
+      convert();
     }
-    __syncthreads();
   }
 
   // output = proxy + alpha shift with shift = base - reference. The reference's share is written first, and added to by
@@ -296,21 +332,27 @@ struct Sam {
   }
 };
 
-// Requests the entries of the flat list that are no matrices, small and scattered as they are, before they are needed.
+// Requests what the network will read into the L2 cache: all of a proxy, which usually comes from memory, and of the
+// reference what is no matrix. The rings then run ahead of the L2 cache only, and biases, which are read just before
+// they are needed, cost less.
 template <class C>
-__device__ void prefetch_vectors(const LascoCall& call, int network, int64_t slot, int warp, int lane) {
-  constexpr int kLine = 128;
-  for (int entry = 1 + warp; entry < call.entries; entry += C::kWarps) {
-    const int part = entry < 3 || entry >= call.entries - 2 ? -1 : (entry - 3) % 12;
-    if (entry == call.entries - 2 || part == 0 || part == 2 || part == 4 || part == 6) continue;
-    const int count = entry == 2                  ? kTokens * C::kWidth
-                      : entry == call.entries - 1 ? kFeatures
-                      : part == 1                 ? 3 * C::kWidth
-                      : part == 5                 ? C::kFeedforward
-                                                  : C::kWidth;
+__device__ void prefetch(const LascoCall& call, int network, int64_t slot, int warp, int lane) {
+  constexpr int d = C::kWidth, ff = C::kFeedforward, kLine = 128;
+  const int entries = static_cast<int>(call.entries);
+  for (int entry = warp; entry < entries; entry += C::kWarps) {
+    const int part = entry < 3 || entry >= entries - 2 ? -1 : (entry - 3) % 12;
+    const bool matrix = entry == 0 || entry == entries - 2 || part == 0 || part == 2 || part == 4 || part == 6;
+    if (matrix && network == kReferenceSam) continue;
+    const int rows = entry == 2               ? kTokens
+                     : entry >= entries - 2   ? kFeatures
+                     : part == 0 || part == 1 ? 3 * d
+                     : part == 4 || part == 5 ? ff
+                                              : d;
+    const int depth = entry == 0 ? kFeatures : part == 6 ? ff : matrix || entry == 2 ? d : 1;
+    const int bytes = rows * depth * (matrix ? static_cast<int>(sizeof(typename C::Weight)) : 4);
     const char* const first =
-        static_cast<const char*>(call.weights[network][entry]) + (network == kProxySam ? slot * count * 4 : 0);
-    for (int at = lane * kLine; at < count * 4; at += 32 * kLine) {
+        static_cast<const char*>(call.weights[network][entry]) + (network == kProxySam ? slot * bytes : 0);
+    for (int at = lane * kLine; at < bytes; at += 32 * kLine) {
       asm volatile("prefetch.global.L2 [%0];" ::"l"(first + at));
     }
   }
@@ -334,12 +376,13 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks) lasco_kernel(const __
              .slot = slot,
              .warp = warp,
              .lane = lane,
-             .residual = reinterpret_cast<float*>(own),
-             .operand = own + C::kResidual,
-             .wide = own + C::kResidual + C::kOperand,
+             .affine = reinterpret_cast<float*>(own),
+             .residual = own + C::kAffine,
+             .operand = own + C::kAffine + C::kResidual,
+             .wide = own + C::kAffine + C::kResidual + C::kOperand,
              .stream = Stream<C>(list, list + products, warp, lane, rings + of_block * C::kStages * kStageBytes),
              .network = first};
-  for (int network = first; network <= last; ++network) prefetch_vectors<C>(call, network, slot, warp, lane);
+  for (int network = first; network <= last; ++network) prefetch<C>(call, network, slot, warp, lane);
 #pragma unroll 1
   for (;; ++sam.network) {
     sam.stage();
@@ -360,7 +403,7 @@ using Float64 = Config<float, 64, 8, 1, 1, 8, 1>;
 using Float128 = Config<float, 128, 8, 1, 2, 4, 1>;
 using Half32 = Config<__nv_bfloat16, 32, 4, 2, 1, 8, 2>;
 using Half64 = Config<__nv_bfloat16, 64, 8, 2, 1, 5, 1>;
-using Half128 = Config<__nv_bfloat16, 128, 8, 1, 2, 8, 2>;
+using Half128 = Config<__nv_bfloat16, 128, 8, 1, 4, 8, 2>;
 
 template <class C>
 cudaError_t launch(const LascoCall& call, cudaStream_t stream) {
