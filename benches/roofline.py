@@ -21,8 +21,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import simulator  # noqa: E402
+from lasco_modules import sams  # noqa: E402
 
 import csikernels  # noqa: E402
+from csikernels import SamBank  # noqa: E402
 
 BANDWIDTH = 3.35e12
 PEAK = {"float32": 67e12, "bfloat16": 990e12}
@@ -99,6 +101,29 @@ def codebook_cases() -> list[Case]:
     return [case(1, 4096), case(16, 16384), case(64, 16384)]
 
 
+def lasco_cases() -> list[Case]:
+    batch, tokens, features = 8, 32, 64
+
+    def case(layers: int, width: int, precision: str) -> Case:
+        sizes = {"tokens": tokens, "features": features, "layers": layers, "width": width, "heads": 4}
+        bank = SamBank.from_modules(*sams(batch, {**sizes, "feedforward": 4 * width}), 1.0, precision=precision)
+        h_in, base_output = torch.randn(2, batch, tokens, features, generator=torch.Generator().manual_seed(0))
+        slot = torch.arange(batch)
+        weights = sum(weight.nbytes for weight in bank.reference.tensors())
+        flops = 4 * tokens * (2 * features * width + layers * (12 * width**2 + 2 * tokens * width))
+        return Case(
+            f"`lasco_forward`, B={batch}, {layers} x {width}, {precision}",
+            lambda: csikernels.lasco_forward(h_in, base_output, bank, slot),
+            "B (2 weights + 12 T F)",
+            batch * (2 * weights + 12 * tokens * features),
+            "4 B T (2 F d + L (12 d^2 + 2 T d))",
+            batch * flops,
+            precision,
+        )
+
+    return [case(2, width, precision) for precision in ("bfloat16", "float32") for width in (32, 64, 128)]
+
+
 INTRODUCTION = """# Roofline of the CUDA kernels
 
 Written by `python benches/roofline.py`, without a GPU: bytes are those that the PTX simulator counts, registers those
@@ -107,7 +132,7 @@ The last column has registers a thread, shared memory a block, and how many bloc
 multiprocessor holds at once.
 """
 
-CASES = [self_information_cases, codebook_cases]
+CASES = [self_information_cases, codebook_cases, lasco_cases]
 
 
 def registers() -> dict[str, int]:
