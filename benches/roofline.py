@@ -101,6 +101,46 @@ def codebook_cases() -> list[Case]:
     return [case(1, 4096), case(16, 16384), case(64, 16384)]
 
 
+def nf4_lora_cases() -> list[Case]:
+    n, k, r = 1024, 4096, 16
+    generator = torch.Generator().manual_seed(0)
+    dense = torch.randn(n, k, generator=generator) / k**0.5
+    with csikernels.use_backend("reference"):
+        weight = csikernels.nf4_quantize(dense)
+    a, b = torch.randn(r, k, generator=generator) / k**0.5, torch.randn(n, r, generator=generator)
+    codes = "N K (1/2 + 4/64)"
+
+    def layer(tokens: int, dtype: torch.dtype) -> Case:
+        x = torch.randn(tokens, k, generator=generator).to(dtype)
+        adapter = [a.to(dtype), b.to(dtype)]
+        size, name = dtype.itemsize, str(dtype).removeprefix("torch.")
+        few = tokens <= 16
+        # Beyond 16 tokens tiles of 128 outputs read their rows again, from L2.
+        reads = 1 if few else -(-n // 128)
+        moved = weight.nbytes + size * (reads * tokens * (k + (0 if few else r)) + tokens * n + r * n)
+        moved += size * r * k if few else 0
+        return Case(
+            f"`nf4_lora_linear`, M={tokens}, N={n}, K={k}, r={r}, {name}",
+            lambda: csikernels.nf4_lora_linear(x, weight, *adapter),
+            f"{codes} + {size} (M K + M N + r (K + N))" if few else f"{codes} + {size} (N/128 M (K + r) + M N + r N)",
+            moved,
+            "2 M (N K + r (N + K))" if few else "2 M N (K + r)",
+            2 * tokens * (n * k + r * (n + k if few else n)),
+            name,
+        )
+
+    return [
+        Case(f"`nf4_quantize`, {n} x {k} float32", lambda: csikernels.nf4_quantize(dense), f"4 N K + {codes}",
+             dense.nbytes + weight.nbytes, "30 N K", 30 * n * k),
+        Case(f"`nf4_dequantize`, {n} x {k} bfloat16", lambda: weight.dequantize(torch.bfloat16), f"2 N K + {codes}",
+             2 * n * k + weight.nbytes, "-", 0),
+        layer(1, torch.bfloat16),
+        layer(1, torch.float32),
+        layer(64, torch.bfloat16),
+        layer(64, torch.float32),
+    ]  # fmt: skip
+
+
 def lasco_cases() -> list[Case]:
     batch, tokens, features = 8, 32, 64
 
@@ -132,7 +172,7 @@ The last column has registers a thread, shared memory a block, and how many bloc
 multiprocessor holds at once.
 """
 
-CASES = [self_information_cases, codebook_cases, lasco_cases]
+CASES = [self_information_cases, codebook_cases, nf4_lora_cases, lasco_cases]
 
 
 def registers() -> dict[str, int]:

@@ -244,23 +244,27 @@ Gradients backward_cuda(const at::Tensor& grad, const at::Tensor& x, const at::T
   const at::ScalarType adapter_type = same ? type : at::kFloat;
   at::Tensor for_x = at::empty({0}, x.options()), for_a = at::empty({0}, lora_a.options());
   at::Tensor for_b = at::empty({0}, lora_b.options()), for_bias = at::empty({0}, x.options().dtype(at::kFloat));
+  at::Tensor u;  // scaling * g B in `type`
   if (wanted[0] && tokens == 0) for_x = at::empty(x.sizes(), x.options());
   if (wanted[0] && tokens > 0) {
     const at::Tensor left = contiguous_as(g, type), a = contiguous_as(lora_a, type);
-    at::Tensor u = at::empty({tokens, 0}, left.options());
-    if (rank > 0) u = scaled_product(left, contiguous_as(lora_b, type), scaling);
+    u = rank > 0 ? scaled_product(left, contiguous_as(lora_b, type), scaling) : at::empty({tokens, 0}, left.options());
     const NF4 weight = nf4_of(packed, absmax, n, k, block_size);
     const at::Tensor no_bias = at::empty({0}, left.options());
     for_x = product(left, weight, true, u, a, no_bias, launch).to(given).view(x.sizes());
   }
-  const auto of_adapter = [&](const at::Tensor& tensor) { return contiguous_as(tensor, adapter_type); };
-  if (wanted[1]) {
-    const at::Tensor u = scaled_product(of_adapter(g), of_adapter(lora_b), scaling);
-    for_a = at::mm(u.t(), of_adapter(rows)).to(lora_a.scalar_type());
-  }
-  if (wanted[2]) {
-    const at::Tensor t = scaled_product(of_adapter(rows), of_adapter(lora_a).t(), scaling);
-    for_b = at::mm(of_adapter(g).t(), t).to(lora_b.scalar_type());
+  if (wanted[1] || wanted[2]) {
+    const at::Tensor left = contiguous_as(g, adapter_type), right = contiguous_as(rows, adapter_type);
+    if (wanted[1]) {
+      if (!u.defined() || adapter_type != type) {
+        u = scaled_product(left, contiguous_as(lora_b, adapter_type), scaling);
+      }
+      for_a = at::mm(u.t(), right).to(lora_a.scalar_type());
+    }
+    if (wanted[2]) {
+      const at::Tensor t = scaled_product(right, contiguous_as(lora_a, adapter_type).t(), scaling);
+      for_b = at::mm(left.t(), t).to(lora_b.scalar_type());
+    }
   }
   if (wanted[3]) for_bias = at::sum(g, {0}, false, at::kFloat);
   return {for_x, for_a, for_b, for_bias};
