@@ -104,7 +104,8 @@ __device__ float look_up(float own, uint32_t word, int e) {
 // 32 codes of a row, and their scales. Beyond the row's end the scale is zero.
 struct Chunk {
   uint32_t word[4];
-  float scale;
+  float scale;   // until it is shared: only the first lane of a block has it
+  int distance;  // how many lanes before this one that is
 };
 struct LooseChunk {
   uint32_t word[4];
@@ -131,13 +132,17 @@ __device__ float scale_of(const LooseChunk& chunk, int e) {
   return e >= chunk.end ? 0.0f : e >= chunk.next ? chunk.next_scale : chunk.scale;
 }
 
-// The scale of the block that holds code `first`. The `before` lanes before this one hold the codes before it, `codes`
-// each: whoever is first in a block reads its scale, for all of them. All lanes of the warp at once.
-__device__ float shared_scale(const NF4& weight, int64_t first, int codes, int before, bool inside) {
+// Lanes whose codes lie in the same block read its scale once: the first of them, for all. The `before` lanes before
+// this one hold the codes before `first`, `codes` each. To read and to hand on are apart, so that the reading lane need
+// not wait where the scale is used later.
+__device__ float read_scale(const NF4& weight, int64_t first, int codes, int before, bool inside, int& distance) {
   const int position = static_cast<int>(first & ((1 << weight.block_shift) - 1)) / codes;
-  const int distance = min(before, position);
-  float scale = 0;
-  if (inside && distance == 0) scale = __ldg(weight.absmax + (first >> weight.block_shift));
+  distance = inside ? min(before, position) : 0;
+  return inside && distance == 0 ? __ldg(weight.absmax + (first >> weight.block_shift)) : 0.0f;
+}
+
+// All lanes of the warp at once.
+__device__ float hand_on(float scale, int distance) {
   return __shfl_sync(~0u, scale, static_cast<int>(threadIdx.x % 32) - distance);
 }
 
@@ -147,13 +152,16 @@ __device__ void load_chunk(const NF4& weight, int row, int column, bool inside, 
   const int64_t first = static_cast<int64_t>(row) * weight.k + column;
   uint4 words = make_uint4(0, 0, 0, 0);
   if (inside) words = __ldg(reinterpret_cast<const uint4*>(weight.packed + first / 2));
-  const float scale = shared_scale(weight, first, kChunk, before, inside);
-  chunk.scale = inside ? scale : 0.0f;
+  chunk.scale = read_scale(weight, first, kChunk, before, inside, chunk.distance);
   chunk.word[0] = words.x;
   chunk.word[1] = words.y;
   chunk.word[2] = words.z;
   chunk.word[3] = words.w;
 }
+
+// Before a loaded chunk is used; all lanes of the warp at once.
+__device__ void complete(Chunk& chunk) { chunk.scale = hand_on(chunk.scale, chunk.distance); }
+__device__ void complete(LooseChunk&) {}
 
 // The bytes 4i .. 4i + 3 of the codes, the first one in the highest byte; zero beyond the end.
 __device__ uint32_t big_endian(const uint8_t* packed, int64_t bytes, int64_t i) {

@@ -107,7 +107,9 @@ template <class Out>
 __device__ void decode(const NF4& weight, int64_t first, int64_t count, float own, Out* out) {
   const bool inside = first < count;
   const uint32_t word = inside ? __byte_perm(big_endian(weight.packed, (count + 1) / 2, first / 8), 0, 0x0123) : 0;
-  const float scale = shared_scale(weight, first, kDecoded, threadIdx.x % 32, inside);
+  int distance;
+  const float read = read_scale(weight, first, kDecoded, threadIdx.x % 32, inside, distance);
+  const float scale = hand_on(read, distance);
   union {
     Out values[kDecoded];
     uint4 vectors[sizeof(Out) * kDecoded / 16];

@@ -2,20 +2,20 @@
 //
 // Two launches, the second bound by reading the weight:
 //   t: one block per 2 to 8 rows of A. out: one block per 32 rows of W; its warps split K in steps of 128, each lane
-//   holding a 16-byte load (32 codes) of one row, 4 lanes a row's 128 codes; partial sums meet in shared memory and are
+//   holding 16-byte loads (32 codes) of 4 rows, 4 lanes a row's 128 codes; partial sums meet in shared memory and are
 //   added in the order of the warps, so that results are deterministic.
 // Half precision: W is the 16-row operand of mma.sync m16n8k16 and the tokens are its 8 columns. A sum does not mind
-// the
-//   order of k, so that a lane's 32 consecutive codes serve as its elements of 8 products, and x is read to match: no
-//   exchange between lanes, no shared memory for W. float32: the same lanes, fused multiply-adds, x through shared
-//   memory because 8 lanes share each element.
-// Look-up: a shift, a shuffle and the product with the scale per weight, and half a conversion: 3.5 instructions of the
-//   4.85 for which reading at 3.35 TB/s leaves time (132 SMs, 128 lanes, 1.7 GHz).
-// Bytes: N K (1/2 + 4/block) + e (tokens (K + N)) + adapter; x is read again by every block, from L2: 2 K e tokens for
-//   18 K bytes of weight. Floor on an H100 for a 4096 x 4096 weight, block 64, rank 16, one bfloat16 token: 2.9 us.
-//   16 float32 tokens: 0.54 GFLOP, 8 us at 67 TFLOP/s, bound by the multiply-adds.
-// Shared memory: up to 32 KB (half), 37 KB (up to 4 float32 tokens), 74 KB (16 float32 tokens, 8 warps); 1 block per SM
-//   of up to 16 warps, with 32 to 64 KB of loads in flight.
+//   the order of k, so that a lane's 32 consecutive codes serve as its elements of 8 products, and x is read to match:
+//   no exchange between lanes, no shared memory for W.
+// float32: the same lanes, fused multiply-adds; x goes through shared memory because 8 lanes share each element.
+// Look-up: a shift, a shuffle and the product with the scale per weight, and half a conversion: 3.5 instructions of
+//   the 4.85 for which reading at 3.35 TB/s leaves time (132 SMs, 128 lanes, 1.7 GHz).
+// Bytes: N K (1/2 + 4/block) + e tokens (K + N) + e r (K + N) for elements of e bytes. Every block reads x again, from
+//   L2: 2 K bytes per bfloat16 token beside 18 K of weight, so that 16 tokens are bound by L2. Floor on an H100 for a
+//   4096 x 4096 weight, block 64, rank 16: 2.9 us for one bfloat16 token; 8 us for 16 float32 tokens, 0.54 GFLOP at
+//   67 TFLOP/s.
+// Shared memory: up to 32 KB (half), 37 KB (up to 4 float32 tokens), 74 KB (16 float32 tokens); one block of up to 16
+//   warps per SM, each with 2 KB of codes in flight.
 #include <algorithm>
 #include <type_traits>
 
@@ -110,6 +110,12 @@ __device__ void load_rows(const NF4& weight, int column, Chunks<kAligned>& chunk
   }
 }
 
+template <bool kAligned>
+__device__ void complete_rows(Chunks<kAligned>& chunks) {
+#pragma unroll
+  for (int i = 0; i < kGroups * 2; ++i) complete(chunks[i / 2][i % 2]);
+}
+
 // Writes this warp's sums of the split to partial [warps][kRows][kTokens]. Half precision: tensor cores.
 template <bool kAligned, class In, int kTokens>
 __device__ void partial_sums_half(const Few<In, kTokens>& layer, float* partial) {
@@ -129,6 +135,7 @@ __device__ void partial_sums_half(const Few<In, kTokens>& layer, float* partial)
       load_halves<kAligned, kChunk>(layer.x + static_cast<int64_t>(token) * k + column,
                                     token < layer.tokens ? k - column : 0, x[part]);
     }
+    complete_rows<kAligned>(chunks);
 #pragma unroll
     for (int e = 0; e < kChunk; e += 4) {
 #pragma unroll
@@ -193,6 +200,7 @@ __device__ void partial_sums_float(const Few<float, kTokens>& layer, float* stag
     load_rows<kAligned>(layer.weight, first + lane % 4 * kChunk, chunks);
     stage<kAligned>(layer, first, staged);
     __syncwarp();
+    complete_rows<kAligned>(chunks);
     // Not unrolled where there are many sums: the look-ups of all 128 codes ahead would take the registers.
 #pragma unroll(kTokens == 1 && kAligned ? 4 : 1)
     for (int word = 0; word < 4; ++word) {

@@ -5,15 +5,13 @@
 //   backward: out [M, K] = g W + u A                (u = scaling * g B, [M, r])
 //
 // Tiling: a block of 8 warps owns 64 rows by 128 outputs and walks the reduction in steps of 64; a thread owns 8 rows
-// by
-//   4 outputs. Both operands of a step are loaded into registers a step ahead (32 codes by one 16-byte load, 16
+//   by 4 outputs. Both operands of a step are loaded into registers a step ahead (32 codes by one 16-byte load, 16
 //   elements of the rows) and stored along the reduction, so that a step of one reads a row of each: 8 elements that
 //   the warp shares and 4 of its own, 6 cycles of shared memory for 8 of multiply-adds. The adapter is the last steps
 //   of the reduction.
-// Shared memory: 64 x (132 + 68) x 4 bytes = 50 KB, rows padded so that neither loads nor stores meet in a bank; 2
-// blocks
-//   per SM.
-// FLOPs 2 M N K + 4 M r (N + K); floor on an H100 at M = N = K = 4096, r = 16: 2.1 ms at 67 TFLOP/s, 45 us of bytes.
+// Shared memory: 64 x (132 + 68) x 4 bytes = 50 KB, 2 blocks per SM; rows are padded so that neither loads nor stores
+//   meet in a bank.
+// FLOPs 2 M N K + 2 M r N; floor on an H100 at M = N = K = 4096, r = 16: 2.1 ms at 67 TFLOP/s, 45 us of bytes.
 #include <algorithm>
 
 #include "cuda/nf4_lora.cuh"
@@ -116,7 +114,8 @@ struct Tile {
     }
   }
 
-  __device__ void store_weight(const AnyChunk& chunk) const {
+  __device__ void store_weight(AnyChunk& chunk) const {
+    complete(chunk);
 #pragma unroll
     for (int e = 0; e < kChunk; e += 4) {
       float values[4];

@@ -9,15 +9,14 @@
 //   i + 1 and multiplying step i stand between the same barriers, so that warps overlap the two. The adapter is the
 //   last steps of the reduction, its rank filled up with zeros. ldmatrix.trans serves the backward: W is stored the
 //   same way there, along K, which is then the output.
-// Shared memory: rows 3 x 16 (8) KB, weight 2 x 16 KB, 16-byte pieces exchanged within 8 rows so that neither ldmatrix
-// nor
-//   the stores meet in a bank: 80 (56) KB, 2 blocks per SM where there is room.
+// Shared memory: rows 3 x 16 (or 8) KB, weight 2 x 16 KB: 80 (56) KB, 2 blocks per SM where there is room. Pieces of 16
+//   bytes change places within 8 rows, so that ldmatrix and the stores meet in no bank (two ways in the backward).
 // Few rows: the reduction is cut so that 2 blocks per SM have work; float32 sums of the parts are added by a second
 //   launch in the order of the parts, so that results are deterministic.
-// FLOPs 2 M N K + 4 M r (N + K); bytes N K (1/2 + 4/block) + 2 M (N + K) + adapter. Floor on an H100 at M = N = K =
-// 4096,
-//   r = 16: 0.14 ms at 990 TFLOP/s (mma.sync reaches about 60 % of what wgmma does), 23 us of bytes. Decoding costs
-//   each 128-row tile 3.5 instructions per weight for 128 multiply-adds.
+// FLOPs 2 M N K + 2 M r N; bytes N K (1/2 + 4/block) + 2 M (N + K + r) + adapter; every tile reads its rows and its
+//   part of the weight, what tiles share from L2. Floor on an H100 at M = N = K = 4096, r = 16: 0.14 ms at 990 TFLOP/s,
+//   of which mma.sync reaches about 60 %; 23 us of bytes. Decoding costs a tile of 128 rows 3.5 instructions per weight
+//   for 128 multiply-adds.
 #include "cuda/nf4_lora_mma.cuh"
 
 namespace csikernels::cuda {
@@ -118,7 +117,8 @@ struct Tile {
     load_chunk(p.weight, row, column, inside, threadIdx.x % (kBackward ? 4 : 2), chunk);
   }
 
-  __device__ void store_weight(int step, const AnyChunk& chunk) const {
+  __device__ void store_weight(int step, AnyChunk& chunk) const {
+    complete(chunk);
     unsigned char* const to = weight(step);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
