@@ -13,13 +13,12 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import os
 from collections.abc import Callable, Iterator
 
 import torch
 
-from csikernels import _load
+from csikernels import _load, triton
 
 NAMESPACE = "csikernels"
 PYTHON_NAMESPACE = "csikernels_python"
@@ -135,6 +134,11 @@ def chosen_backend() -> str | None:
     return _chosen
 
 
+def best_backend(op: str, device: str) -> str | None:
+    """The backend that runs ``op`` on this device type: the forced one, or the first available."""
+    return _chosen or next(iter(_available(op, device)), None)
+
+
 def check_backend(name: str) -> None:
     """Raise unless ``name`` is a backend that this installation has for at least one op."""
     if name not in BACKENDS:
@@ -144,6 +148,8 @@ def check_backend(name: str) -> None:
 
 
 def _why_not(name: str) -> str:
+    if name == "triton" and not triton.installed():
+        return "triton is not installed"
     if name in ("cuda", "triton") and not torch.cuda.is_available():
         return "torch sees no CUDA device"
     if name in ("cpp", "cuda") and _load.extension is None:
@@ -152,7 +158,7 @@ def _why_not(name: str) -> str:
         return "no op has a C++ kernel in this build"
     if name == "cuda":
         return "the extension was built without CUDA (see build_info())"
-    return "triton is not installed, or no op has a Triton kernel"
+    return "Triton kernels need sm_80 or later on every visible GPU"
 
 
 def _set(name: str | None) -> None:
@@ -177,17 +183,11 @@ def _available(op: str, device: str) -> list[str]:
     names = [_COMPILED[device]] if has_compiled_kernel(op, device) else []
     if device == "cpu" and "cuda" in _implementations[op]:
         names.append("cuda")  # simulated
-    if "triton" in _implementations[op] and _triton_runs_on(device):
+    if ("triton" in _implementations[op] or op in triton.KERNELS) and triton.runs_on(device):
         names.append("triton")
     if "reference" in _implementations[op]:
         names.append("reference")
     return names
-
-
-def _triton_runs_on(device: str) -> bool:
-    if importlib.util.find_spec("triton") is None:
-        return False
-    return device == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _python_implementation(op: str, device: str) -> Callable:
@@ -196,13 +196,19 @@ def _python_implementation(op: str, device: str) -> Callable:
         if _chosen not in available:
             has = ", ".join(available) or "none"
             raise RuntimeError(f"{op}: backend {_chosen!r} was asked for, but on {device} this op has: {has}")
-        if _chosen in _implementations[op]:
-            return _implementations[op][_chosen]
+        if _chosen == "triton" or _chosen in _implementations[op]:
+            return _implementation(op, _chosen)
         # The compiled kernel itself hands over what the op's documentation leaves to the reference, such as float64.
     for name in available:
-        if name in _implementations[op] and not (name in ("cuda", "triton") and device == "cpu"):
-            return _implementations[op][name]
+        if name not in ("cpp", "cuda") and not (name == "triton" and device == "cpu"):
+            return _implementation(op, name)
     raise RuntimeError(f"{op}: no backend for tensors on {device}; available devices: cpu, cuda")
+
+
+def _implementation(op: str, backend: str) -> Callable:
+    if backend == "triton" and backend not in _implementations[op]:
+        triton.load(op)
+    return _implementations[op][backend]
 
 
 def apply_environment_choice() -> None:

@@ -1,1 +1,63 @@
-"""Triton kernels, imported only when one of them is called."""
+"""Triton kernels: which ops have one, and where they can run. Triton itself is imported by the first call of a kernel.
+
+Each module below registers its ops with ``implement(op, "triton")``. Kernels read weights and activations in float32
+and bfloat16; what a docstring leaves to the reference (float64, sizes beyond a kernel's tiles) is handed over there.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+import warnings
+
+import torch
+
+# op -> module of this package that implements it
+KERNELS = {
+    "lasco_forward": "lasco",
+    "lasco_training_forward": "lasco",
+    "lasco_backward": "lasco_backward",
+}
+
+
+def runs_on(device: str) -> bool:
+    """Whether Triton kernels can run on this device type: GPUs, and CPUs where Triton interprets its kernels."""
+    if not installed():
+        return False
+    return _recent_gpu() if device == "cuda" else interpreted()
+
+
+def interpreted() -> bool:
+    """Whether ``TRITON_INTERPRET=1`` runs kernels in NumPy, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def load(op: str) -> None:
+    """Import the kernels of ``op``, which register themselves."""
+    importlib.import_module(f"{__name__}.{KERNELS[op]}")
+
+
+@functools.cache
+def installed() -> bool:
+    """Whether triton can be imported; it is not."""
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _recent_gpu() -> bool:
+    """Whether every GPU that torch sees has the bfloat16 tensor cores that the kernels are written for."""
+    old = [
+        f"{torch.cuda.get_device_name(i)} (sm_{major}{minor})"
+        for i in range(torch.cuda.device_count())
+        for major, minor in [torch.cuda.get_device_capability(i)]
+        if major < 8
+    ]
+    if old:
+        warnings.warn(
+            f"csikernels: Triton kernels need sm_80 or later on every visible GPU, got {', '.join(old)}: the reference "
+            "runs instead",
+            stacklevel=2,
+        )
+    return not old
