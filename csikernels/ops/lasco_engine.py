@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from csikernels._arrays import accepts_arrays
-from csikernels._dispatch import chosen_backend, has_compiled_kernel
+from csikernels._dispatch import best_backend, chosen_backend, has_compiled_kernel
 from csikernels.ops.lasco import check_input, check_slot, lasco_forward
 from csikernels.ops.lasco_bank import SamBank
+from csikernels.ops.lasco_graph import StepGraphs
 from csikernels.ops.lasco_layout import Architecture, LayoutError, check_usable, matrices_of, read_layout, weight_names
 from csikernels.reference.lasco import check_slot_values
 
@@ -38,6 +39,10 @@ class LascoEngine:
       activations per row at run time. The reference backend forms the integer sums in float32, C++ exactly.
 
     "bfloat16" and "int8" are copies; :meth:`refresh` takes them anew. "float64" always runs on the reference backend.
+
+    On a GPU a packed base runs cuBLAS, PyTorch's fused attention and Triton kernels between them (int8: the reference).
+    Its second call of a batch size captures the whole step, base and SAMs, in a CUDA graph, which later calls of that
+    size replay. Slots on the GPU are then not checked before the step, see :func:`csikernels.lasco_forward`.
 
     Attributes:
         bank: the small models.
@@ -74,6 +79,7 @@ class LascoEngine:
         self._base = base
         self._packed: list[Tensor] = []
         self._packed_from: list[tuple[int, int]] = []
+        self._graphs = StepGraphs(self._step)
         reason = self._pack(base)
         if not self.packed and precision not in ("float32", "float64"):
             raise ValueError(f"precision: expected 'float32' for a black box, got {precision!r} ({reason})")
@@ -100,7 +106,26 @@ class LascoEngine:
             check_slot(slot, h_in)
             if slot.device.type == "cpu":  # elsewhere it would wait for the device; the op checks again anyway
                 check_slot_values(slot, self.bank.slots)
-            return lasco_forward(h_in, self._base_output(h_in), self.bank, slot)
+            if self._capturable(h_in):
+                return self._graphs(h_in, slot, self._state())
+            return self._step(h_in, slot)
+
+    def _step(self, h_in: Tensor, slot: Tensor) -> Tensor:
+        return lasco_forward(h_in, self._base_output(h_in), self.bank, slot)
+
+    def _capturable(self, h_in: Tensor) -> bool:
+        """Whether the step can be a CUDA graph: kernels throughout (the reference waits for the GPU to read slots), and
+        no capture that this call is part of."""
+        if not self.packed or h_in.device.type != "cuda" or not h_in.numel() or self.bank.precision == "float64":
+            return False
+        return (
+            best_backend("lasco_forward", "cuda") in ("cuda", "triton") and not torch.cuda.is_current_stream_capturing()
+        )
+
+    def _state(self) -> tuple:
+        """Where a graph finds what it reads, and how it was made; changes when either does."""
+        bank = (self.bank.alpha, *self.bank.proxies.tensors(), *self.bank.reference.tensors())
+        return chosen_backend(), *(tensor.data_ptr() for tensor in (*bank, *self._weights, *self._scales))
 
     def refresh(self) -> None:
         """Take the parameters of a packed base as they are now. The old ones stay in use if this fails.
@@ -148,6 +173,7 @@ class LascoEngine:
         taken, scales = _in_precision([weight.detach() for weight in weights], self._architecture, self.precision)
         packed, versions = self._packed_for_kernels(taken), _versions(taken)
         self._weights, self._scales, self._packed, self._packed_from = taken, scales, packed, versions
+        self._graphs.clear()
 
     def _packed_for_kernels(self, weights: list[Tensor]) -> list[Tensor]:
         compiled = weights[0].device.type == "cpu" and has_compiled_kernel("transformer_forward", "cpu")

@@ -19,6 +19,7 @@ KERNELS = {
     "lasco_forward": "lasco",
     "lasco_training_forward": "lasco",
     "lasco_backward": "lasco_backward",
+    "transformer_forward": "transformer",
 }
 
 
