@@ -107,7 +107,7 @@ def test_sparse_tensors_are_refused():
 
 
 def test_implement_knows_python_backends_only():
-    with pytest.raises(ValueError, match="expected 'reference' or 'triton', got 'cpp'"):
+    with pytest.raises(ValueError, match="expected 'reference', 'triton' or 'cuda', got 'cpp'"):
         _dispatch.implement("top_m", "cpp")
 
 
