@@ -50,6 +50,39 @@ for kernel, arguments, constants, warps, stages in lasco_cases({precision!r}, {w
 """
 
 
+ROW_CASES = """
+import json
+import torch
+from triton_compile import compiled
+from csikernels.triton import transformer
+
+h = torch.zeros(4)
+for low in (False, True):
+    following = h.bfloat16() if low else h
+    tensors = {**dict.fromkeys(("x", "y", "bias", "weight", "shift", "residual"), h), "following": following}
+    for width, period, post in ((512, 0, False), (500, 32, True)):
+        constants = dict(PERIOD=period, WIDTH=width, W=512, ROWS=4, NORM=True, POST=post, LOW=low)
+        arguments = {**tensors, "rows": 3, "eps": 1e-5}
+        print(json.dumps(compiled(transformer._add_norm_kernel, arguments, constants, ARCH, 4, 3)))
+    constants = dict(WIDTH=2048, ACTIVATION=2, LOW=low, BLOCK=1024)
+    arguments = {**tensors, "count": 4096}
+    print(json.dumps(compiled(transformer._bias_activation_kernel, arguments, constants, ARCH, 4, 3)))
+"""
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_row_kernels_spill_nothing_and_leave_room(run_python, record_property, arch):
+    shown = run_python(SAME_PATH + ROW_CASES.replace("ARCH", str(arch)), TRITON_INTERPRET="0")
+    assert shown.returncode == 0, shown.stderr
+    kernels = [json.loads(line) for line in shown.stdout.splitlines()]
+    assert len(kernels) == 6
+    for kernel in kernels:
+        record_property(kernel["name"], kernel)
+        assert kernel["stack"] == 0 and kernel["registers"] <= 64 and kernel["shared"] <= 8192, kernel
+
+
 @needs_triton
 @pytest.mark.slow
 @pytest.mark.parametrize(

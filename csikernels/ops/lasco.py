@@ -64,7 +64,8 @@ def lasco_forward(
     runs on the reference. On a GPU the default is ``cuda``, on every architecture from sm_80 on: for 32 tokens of 64
     features, width 32, 64 or 128, 4 heads, feed-forward 4 x width and up to 6 layers (LASCO, Fig. 10) one launch keeps
     all activations on chip, with tensor cores for a bfloat16 bank; other sizes up to 16 layers run a slower kernel,
-    more layers the reference.
+    more layers the reference. Gradients, and the forward of a build without CUDA, run in Triton: float32 (the forward
+    bfloat16 too) up to 64 tokens and 4096 / tokens of width, both rounded up to powers of two; beyond, the reference.
 
     Differentiable once with respect to ``h_in``, ``base_output`` and, in a bank built with ``trainable=True``, the
     proxies' weights and ``bank.alpha``. A slot that the batch does not use gets zero gradients, not None. The compiled
