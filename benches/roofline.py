@@ -194,7 +194,7 @@ def _unhashed(kernel: str) -> str:
 def _short(kernel: str) -> str:
     """The kernel's own name, out of the mangled one."""
     readable = subprocess.run(["c++filt", "-p", kernel], check=True, capture_output=True, text=True).stdout
-    return readable.strip().rsplit("::", 1)[-1]
+    return re.sub(r"(\w+|\(anonymous namespace\))::", "", readable.strip()).removeprefix("void ")
 
 
 def blocks_resident(threads: int, registers_a_thread: int, shared: int) -> int:

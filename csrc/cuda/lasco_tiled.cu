@@ -9,16 +9,17 @@
 //   (lasco_layout.cuh). Weights are read as they are stored, [rows][depth], each 16 bytes by the lane that multiplies
 //   them (bfloat16) or by its warp (float32): cp.async rings that no barrier stops. All 32 tokens meet a weight when it
 //   comes, so it comes once.
-// Tiling: a warp holds the sums of its 8-row tiles of a matrix for all tokens, up to 64 registers a lane, so that an
+// Tiling: a warp holds the sums of its 8-row tiles of a matrix for all tokens, up to 48 registers a lane, so that an
 //   operand is read from shared memory once for all of them. Where both networks fit into 99 KB they run side by side
-//   in lock step, which halves the way through 7 L + 4 barriers; that way, not bytes or operations, is what a launch of
-//   fewer samples than multiprocessors waits for. Otherwise the reference goes first, the rings running on.
+//   in lock step, which halves the way through 7 L + 4 barriers, and doubles the warps that fill the gaps. Otherwise
+//   the reference goes first, the rings running on.
 // Bytes of a sample at L = 2, d = 64: both networks, 457 KB in bfloat16 and 883 KB in float32, and 25 KB of inputs and
 //   output. The reference, and a proxy that several samples use, come from memory once and then from the L2 cache.
 //   Operations: 14.7 M.
 // Floor on an H100 (3.35 TB/s, 990 bf16 and 67 float32 TFLOP/s) for 64 slots, one sample each: memory 16.4 MB, 4.9 us,
-//   in bfloat16 and 30.5 MB, 9.1 us, in float32; operations 1 us and 14 us, on 64 of 132 multiprocessors 29 us. From
-//   the L2 cache, at 64 bytes a clock, a block of bfloat16 takes 4.3 us, and its shared memory serves 2.1 MB in 9.5 us.
+//   in bfloat16 and 30.5 MB, 9.1 us, in float32; operations 1 us and 14 us, on 64 of 132 multiprocessors 29 us. What a
+//   launch of fewer samples than multiprocessors takes is the time of one block: in bfloat16 4.3 us for the L2 cache at
+//   64 bytes a clock, 11 us for 2.4 MB of shared memory, and as much for its instructions.
 //
 //   d    type      warps  shared memory  registers (sm_90a)  blocks on a multiprocessor of 227 KB
 //   32   bfloat16  2 x 4      66.9 KB      114                 2
