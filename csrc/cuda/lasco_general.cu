@@ -34,11 +34,17 @@ __device__ float rounded(float x) {
   return widen(static_cast<Weight>(x));
 }
 
+// Shared memory of a product.
+struct Tiles {
+  float from[kTileDepth][kTileTokens + 1], weight[kTileDepth][kTileColumns + 1];
+};
+
 // One network on one sample, by the whole block.
 template <class Weight>
 struct GeneralSam {
   const LascoCall& call;
   const int tokens, features, width, heads, feedforward, layers;
+  Tiles& tiles;
   int network;
   int64_t slot;
   float *residual, *operand, *wide, *scores;  // [T][d], [T][max(d, F)], [T][max(3 d, ff)], [kWarps][T]
@@ -51,7 +57,7 @@ struct GeneralSam {
   // from [T][depth] by weights[entry] [rows][depth], plus the bias that follows it: emit(token, column, sum).
   template <class Emit>
   __device__ void product(const float* from, int entry, int rows, int depth, const Emit& emit) const {
-    __shared__ float from_tile[kTileDepth][kTileTokens + 1], weight_tile[kTileDepth][kTileColumns + 1];
+    auto& [from_tile, weight_tile] = tiles;
     const Weight* weight = weights<Weight>(entry, int64_t(rows) * depth);
     const float* bias = weights<float>(entry + 1, rows);
     const int own_token = threadIdx.x / (kTileColumns / kOwnColumns), own_column = threadIdx.x % 16;
@@ -192,6 +198,7 @@ struct GeneralSam {
 template <class Weight>
 __global__ void __launch_bounds__(kThreads, 1)
     lasco_general_kernel(const __grid_constant__ LascoCall call, float* workspace, int64_t floats) {
+  __shared__ Tiles tiles;
   const SamSizes& s = call.sizes;
   const int tokens = static_cast<int>(s.tokens), features = static_cast<int>(s.features);
   const int width = static_cast<int>(s.width), feedforward = static_cast<int>(s.feedforward);
@@ -201,7 +208,8 @@ __global__ void __launch_bounds__(kThreads, 1)
                          .width = width,
                          .heads = static_cast<int>(s.heads),
                          .feedforward = feedforward,
-                         .layers = static_cast<int>(s.layers)};
+                         .layers = static_cast<int>(s.layers),
+                         .tiles = tiles};
   sam.residual = workspace + blockIdx.x * floats;
   sam.operand = sam.residual + int64_t(tokens) * width;
   sam.wide = sam.operand + int64_t(tokens) * width;
