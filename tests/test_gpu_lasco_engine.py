@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -152,6 +153,22 @@ def test_graphs_of_old_sizes_are_dropped(pretended):
     assert len(run._graphs) == 16 and len(graphs) == 16
     run(torch.zeros(1, 5, 3), torch.zeros(1, dtype=torch.int64), None)
     assert len(graphs) == 16, "the first size runs as it is again"
+
+
+def test_only_steps_of_kernels_are_captured(monkeypatch):
+    engine = engine_of(ODD, "float32", torch.device("cpu"))
+    wide = engine_of({**ODD, "tokens": 65}, "float32", torch.device("cpu"))
+    on_gpu = SimpleNamespace(device=SimpleNamespace(type="cuda"), numel=lambda: 1)
+    for backend, capturing, expected in [
+        ("cuda", False, (True, True)),
+        ("cuda", True, (False, False)),
+        ("triton", False, (True, False)),
+        ("reference", False, (False, False)),
+    ]:
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda now=capturing: now)
+        monkeypatch.setattr("csikernels.ops.lasco_engine.best_backend", lambda *_, name=backend: name)
+        assert (engine._capturable(on_gpu), wide._capturable(on_gpu)) == expected, backend
+    assert not engine._capturable(torch.zeros(1, 5, 3))
 
 
 def test_an_engine_can_be_copied():

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from csikernels import triton
 from csikernels._arrays import accepts_arrays
 from csikernels._dispatch import best_backend, chosen_backend, has_compiled_kernel
 from csikernels.ops.lasco import check_input, check_slot, lasco_forward
@@ -17,6 +18,7 @@ from csikernels.ops.lasco_layout import Architecture, LayoutError, check_usable,
 from csikernels.reference.lasco import check_slot_values
 
 _PRECISIONS = ("float32", "bfloat16", "int8", "float64")
+_MOST_CUDA_LAYERS = 16  # kMaxLayers in csrc/cuda/lasco.h
 PANEL = 32  # kPanel in csrc/cpu/transformer_kernel.h
 _QUANTIZED = ("qkv_weight", "proj_weight", "up_weight", "down_weight")
 
@@ -118,9 +120,11 @@ class LascoEngine:
         no capture that this call is part of."""
         if not self.packed or h_in.device.type != "cuda" or not h_in.numel() or self.bank.precision == "float64":
             return False
-        return (
-            best_backend("lasco_forward", "cuda") in ("cuda", "triton") and not torch.cuda.is_current_stream_capturing()
+        sam, backend = self.bank.architecture, best_backend("lasco_forward", "cuda")
+        kernels = (backend == "cuda" and sam.layers <= _MOST_CUDA_LAYERS) or (
+            backend == "triton" and triton.runs_small_models(sam.tokens, sam.width)
         )
+        return kernels and not torch.cuda.is_current_stream_capturing()
 
     def _state(self) -> tuple:
         """Where a graph finds what it reads, and how it was made; changes when either does."""

@@ -35,6 +35,12 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def runs_small_models(tokens: int, width: int) -> bool:
+    """Whether a sample's token rows fit in one program's registers; larger ones take the reference."""
+    rows, columns = (max(16, 1 << (size - 1).bit_length()) for size in (tokens, width))
+    return rows <= 64 and rows * columns <= 32 * 128  # 32 registers a thread and tile
+
+
 def load(op: str) -> None:
     """Import the kernels of ``op``, which register themselves."""
     importlib.import_module(f"{__name__}.{KERNELS[op]}")

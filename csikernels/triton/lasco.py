@@ -6,7 +6,7 @@ F 64, d 64, ff 256, 2 blocks; 110 k weights) a sample asks for 2 x 220 KB of bfl
 and 15 MFLOP. A batch of 256 samples of as many slots reads 56 MB once: 17 us at 3.35 TB/s, against 4 us of tensor-core
 products at 990 TFLOP/s (float32: 112 MB, 34 us, against 57 us at 67 TFLOP/s without tensor cores).
 
-Sizes beyond ``fits`` and float64 take the reference.
+Sizes beyond ``runs_small_models`` and float64 take the reference.
 """
 
 from __future__ import annotations
@@ -18,15 +18,14 @@ from torch import Tensor
 
 from csikernels._dispatch import implement
 from csikernels.reference import lasco as in_pytorch
-from csikernels.triton.lasco_block import Sizes, encode, load_tile, operand, project, store_tile
+from csikernels.triton import runs_small_models
+from csikernels.triton.lasco_block import encode, load_tile, operand, project, store_tile
 from csikernels.triton.lasco_checks import checked_sizes, checked_weights
 from csikernels.triton.launch import beside, on, tuned
 
 # A product of 32 token rows has work for four warps; with eight a thread holds less. Loads are not issued a product
 # ahead (num_stages=1): the registers that takes would spill; two or three programs on a multiprocessor hide the wait.
 CONFIGS = [triton.Config({}, num_warps=warps, num_stages=1) for warps in (4, 8)]
-_MOST_VALUES = 32 * 128  # of a tile: 32 registers a thread
-_MOST_TOKENS = 64
 
 
 @tuned(CONFIGS, key=["S", "KNOWN"])
@@ -74,11 +73,6 @@ def _forward_kernel(
         store_tile(output + sample, t, S.t_end, f, S.f_end, S.features, tl.where(exists, y, float("nan")))
 
 
-def fits(sizes: Sizes) -> bool:
-    """Whether a sample's tiles fit in registers."""
-    return sizes.T <= _MOST_TOKENS and sizes.T * sizes.D <= _MOST_VALUES
-
-
 @implement("lasco_forward", "triton")
 def lasco_forward(
     h_in, base_output, slot, alpha, proxies, reference, packed, heads, activation, norm_first, eps, keep_shift
@@ -120,7 +114,7 @@ def _forward(
     own = checked_weights(proxies, "proxies", sizes, slots, device)
     known = reference_output is not None
     shared = own if known else checked_weights(reference, "reference", sizes, None, device)
-    if not fits(sizes):
+    if not runs_small_models(sizes.tokens, sizes.width):
         return None
     h_in, base_output, alpha = h_in.contiguous(), base_output.contiguous(), alpha.contiguous()
     output = torch.empty_like(h_in)

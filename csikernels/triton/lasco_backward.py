@@ -21,7 +21,7 @@ from torch import Tensor
 
 from csikernels._dispatch import implement
 from csikernels.reference import lasco as in_pytorch
-from csikernels.triton.lasco import fits
+from csikernels.triton import runs_small_models
 from csikernels.triton.lasco_block import (
     Sizes,
     activate,
@@ -273,7 +273,7 @@ def lasco_backward(
         sizes = checked_sizes(h_in, others, slot, alpha, proxies, *hyper)
         own = checked_weights(proxies, "proxies", sizes, alpha.shape[0], h_in.device)
         shared = checked_weights(reference, "reference", sizes, None, h_in.device) if reference else ()
-        if fits(sizes):
+        if runs_small_models(sizes.tokens, sizes.width):
             with on(h_in):
                 return _backward(sizes, grad, h_in, slot, alpha, own, shared, shift, input_grad, weight_grad)
     return in_pytorch.lasco_backward(
