@@ -16,7 +16,8 @@ ASSETS := python/csimodels/assets/lasco
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TEST_STAMP := $(VENV)/.installed-test
-CPP_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
+CPP_FILES := $(wildcard $(foreach kind,h cpp cu cuh,csrc/*.$(kind) csrc/*/*.$(kind)))
+TEST_CPP_FILES := $(wildcard tests/simulator/*.h tests/simulator/*.cpp)
 
 .DELETE_ON_ERROR:
 .PHONY: install install-test demo demo-checkpoints test bench lint asan cuda-check gpu-report
@@ -64,7 +65,7 @@ bench: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror $(CPP_FILES)
+	$(BIN)/clang-format --dry-run -Werror $(CPP_FILES) $(TEST_CPP_FILES)
 	$(BIN)/mypy
 
 asan: $(TEST_STAMP)

@@ -68,10 +68,9 @@ TORCH_LIBRARY(csikernels, m) {
       "bool weight_grad) -> (Tensor, Tensor, Tensor[])",
       tags);
   m.def(
-      "lasco_squared_error(Tensor h_in, Tensor base_output, Tensor target, Tensor slot, Tensor alpha, Tensor[] "
-      "proxies, "
-      "Tensor[] reference, Tensor? reference_output, int heads, str activation, bool norm_first, float eps, "
-      "bool alpha_grad, bool weight_grad) -> (Tensor, Tensor, Tensor)",
+      "lasco_squared_error(Tensor h_in, Tensor base_output, Tensor target, Tensor slot, Tensor alpha, "
+      "Tensor[] proxies, Tensor[] reference, Tensor? reference_output, int heads, str activation, bool norm_first, "
+      "float eps, bool alpha_grad, bool weight_grad) -> (Tensor, Tensor, Tensor)",
       tags);
   m.def(
       "transformer_forward(Tensor h_in, Tensor[] weights, Tensor[] scales, Tensor[] packed, int heads, str activation, "

@@ -10,6 +10,7 @@
 #include <tuple>
 #include <vector>
 
+#include "codebook_check.h"
 #include "cpu/capability.h"
 #include "cpu/codebook_layout.h"
 #include "cpu/codebook_search.h"
@@ -173,11 +174,6 @@ std::vector<Share> share_rows(const std::optional<at::Tensor>& environment, int6
   return shares;
 }
 
-void check_complex(const at::Tensor& tensor, const char* name) {
-  TORCH_CHECK_TYPE(tensor.scalar_type() == at::kComplexFloat || tensor.scalar_type() == at::kComplexDouble, name,
-                   ": expected complex64 or complex128, got ", tensor.scalar_type());
-}
-
 Header check_pack(const at::Tensor& words, const at::Tensor& packed, bool exact) {
   const int64_t books = words.dim() == 3 ? words.size(0) : 1;
   const Header expected = layout(exact, books, words.size(-2), 2 * words.size(-1));
@@ -198,22 +194,9 @@ IndexAndSimilarity search(const at::Tensor& h, const at::Tensor& words, const at
                                          const std::optional<at::Tensor>&, c10::string_view);
     return call_python<Signature>("codebook_search", h, words, packed, environment, precision);
   }
-  check_complex(h, "h");
-  check_complex(words, "words");
-  TORCH_CHECK_VALUE((words.dim() == 2 || words.dim() == 3) && words.numel() > 0,
-                    "words: expected a non-empty [K, D] or [E, K, D], got shape ", words.sizes());
-  TORCH_CHECK_VALUE(h.dim() == 2 && h.size(1) == words.size(-1), "h: expected [N, ", words.size(-1), "], got shape ",
-                    h.sizes());
-  TORCH_CHECK_VALUE(precision == "exact" || precision == "float32", "precision: expected 'exact' or 'float32', got '",
-                    precision, "'");
-  TORCH_CHECK_VALUE(environment.has_value() == (words.dim() == 3),
-                    "environment: expected none for a codebook [K, D], int64 [N] for a codebook [E, K, D]");
-  if (environment) {
-    TORCH_CHECK_TYPE(environment->scalar_type() == at::kLong, "environment: expected int64, got ",
-                     environment->scalar_type());
-    TORCH_CHECK_VALUE(environment->dim() == 1 && environment->size(0) == h.size(0), "environment: expected shape [",
-                      h.size(0), "], got ", environment->sizes());
-  }
+  check_codewords(words, "words");
+  check_queries(h, words, environment);
+  check_precision(precision);
   const bool exact = precision == "exact";
   at::Tensor pack = packed.contiguous();
   if (reinterpret_cast<uintptr_t>(pack.const_data_ptr()) % alignof(double) != 0) pack = pack.clone();  // a slice

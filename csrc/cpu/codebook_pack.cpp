@@ -14,10 +14,10 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
-#include <string>
 #include <tuple>
 #include <vector>
 
+#include "codebook_check.h"
 #include "cpu/codebook_layout.h"
 #include "cpu/codebook_rows.h"
 #include "dispatch.h"
@@ -136,30 +136,15 @@ int64_t pack_tiles(const Header& header, const Float* from, Float* words, uint8_
   return refused;
 }
 
-void refuse(const at::Tensor& codebook, const Header& header, int64_t word) {
-  const at::Tensor row = codebook.reshape({-1, codebook.size(-1)})[word];
-  std::string name = "codeword " + std::to_string(word % header.words);
-  if (codebook.dim() == 3) name += " of environment " + std::to_string(word / header.words);
-  TORCH_CHECK_VALUE(false, "codebook: expected finite, non-zero codewords, but ", name,
-                    row.ne(0).any().item<bool>() ? " holds NaN or infinity" : " is zero");
-}
-
 // codebook complex [K, D] or [E, K, D] -> words (a contiguous copy), packed uint8 (codebook_layout.h)
 WordsAndPack pack(const at::Tensor& codebook, c10::string_view precision) {
   if (!is_chosen(Backend::cpp)) {
     return call_python<WordsAndPack(const at::Tensor&, c10::string_view)>("codebook_pack", codebook, precision);
   }
-  TORCH_CHECK_TYPE(codebook.scalar_type() == at::kComplexFloat || codebook.scalar_type() == at::kComplexDouble,
-                   "codebook: expected complex64 or complex128, got ", codebook.scalar_type());
-  TORCH_CHECK_VALUE((codebook.dim() == 2 || codebook.dim() == 3) && codebook.numel() > 0,
-                    "codebook: expected a non-empty [K, D] or [E, K, D], got shape ", codebook.sizes());
-  TORCH_CHECK_VALUE(precision == "exact" || precision == "float32", "precision: expected 'exact' or 'float32', got '",
-                    precision, "'");
+  check_codewords(codebook, "codebook");
+  check_precision(precision);
   const int64_t books = codebook.dim() == 3 ? codebook.size(0) : 1;
   const int64_t components = 2 * codebook.size(-1);
-  TORCH_CHECK_VALUE(codebook.size(-2) < (int64_t(1) << 31) && components < (int64_t(1) << 31),
-                    "codebook: expected fewer than 2^31 codewords of fewer than 2^30 numbers, got shape ",
-                    codebook.sizes());
   const Header header = layout(precision == "exact", books, codebook.size(-2), components);
 
   const at::Tensor from = codebook.resolve_conj().resolve_neg().contiguous();
@@ -177,7 +162,7 @@ WordsAndPack pack(const at::Tensor& codebook, c10::string_view precision) {
     refused = pack_tiles(header, static_cast<const double*>(from.const_data_ptr()),
                          static_cast<double*>(words.mutable_data_ptr()), bytes);
   }
-  if (refused < books * header.words) refuse(codebook, header, refused);
+  if (refused < books * header.words) refuse_codeword(codebook, refused);
   return {words, packed};
 }
 

@@ -16,8 +16,8 @@
 // else stays in the L2 cache. Ordinary stores: past the caches (vmovntps) the forward takes 13% longer. Floor on the
 // bench machine for 8 slots x 256 samples: 45 GFLOP at 496 GFLOP/s, 91 ms. Reached, two threads: forward 39 us a sample
 // and thread (76% of the peak; 35 us, 84%, where nothing is kept), backward 71 us (83%); 124 ms for a whole step with
-// loss, autograd and AdamW, the reference's output known (73%), 112 ms through lasco_squared_error (81%), which keeps the
-// activations in the caches and spares the loss its passes over memory.
+// loss, autograd and AdamW, the reference's output known (73%), 112 ms through lasco_squared_error (81%), which keeps
+// the activations in the caches and spares the loss its passes over memory.
 #pragma once
 
 #include <cstdint>

@@ -5,16 +5,15 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 #include <optional>
 #include <tuple>
 #include <vector>
 
-#include "check.h"
 #include "cpu/parallel.h"
 #include "cpu/self_information_select.h"
 #include "dispatch.h"
+#include "self_information_check.h"
 
 namespace csikernels::cpu {
 namespace {
@@ -76,22 +75,13 @@ ValuesAndIndices rank_rows(int64_t rows, int64_t n, int64_t m, const at::Tensor&
 // float16 and bfloat16 as float32, which keeps their order and differences.
 at::Tensor widened(const at::Tensor& h) { return (h.element_size() < 4 ? h.to(at::kFloat) : h).contiguous(); }
 
-void check_neighbourhood(double bandwidth, at::IntArrayRef offsets) {
-  TORCH_CHECK_VALUE(std::isfinite(bandwidth) && bandwidth > 0, "bandwidth: expected a finite positive number, got ",
-                    bandwidth);
-  TORCH_CHECK_VALUE(!offsets.empty() && offsets.size() % 2 == 0,
-                    "offsets: expected pairs (row, column), at least one, got ", offsets.size(), " numbers");
-}
-
 Neighbourhood neighbourhood_of(const at::Tensor& h, double bandwidth, at::IntArrayRef offsets) {
   return {h.size(1), h.size(2), h.size(3), bandwidth, {offsets.data(), offsets.size()}};
 }
 
 // h [B, C, H, W], offsets (row, column, row, column, ...) -> bits [B, C, H, W]
 at::Tensor self_information(const at::Tensor& h, double bandwidth, at::IntArrayRef offsets) {
-  check_floating(h, "h");
-  check_dim(h, "h", 4, "[B, C, H, W]");
-  check_neighbourhood(bandwidth, offsets);
+  check_image(h, bandwidth, offsets);
   if (!is_chosen(Backend::cpp)) {
     return call_python<at::Tensor(const at::Tensor&, double, at::IntArrayRef)>("self_information", h, bandwidth,
                                                                                offsets);
@@ -116,15 +106,10 @@ at::Tensor self_information(const at::Tensor& h, double bandwidth, at::IntArrayR
 // h [B, C, H, W], source like h or nothing -> values [B, m] of the source's type, indices [B, m] int64
 ValuesAndIndices select_informative(const at::Tensor& h, int64_t m, double bandwidth, at::IntArrayRef offsets,
                                     const std::optional<at::Tensor>& source) {
-  check_floating(h, "h");
-  check_dim(h, "h", 4, "[B, C, H, W]");
+  check_image(h, bandwidth, offsets);
   const int64_t n = h.size(1) * h.size(2) * h.size(3);
-  TORCH_CHECK_VALUE(1 <= m && m <= n, "m: expected 1..C*H*W = 1..", n, ", got ", m);
-  check_neighbourhood(bandwidth, offsets);
+  check_selection(h, "h", m, n, "C*H*W", source);
   const at::Tensor& from = source ? *source : h;
-  check_floating(from, "source");
-  check_same_shape(from, "source", h, "h");
-  check_device(from, "source", h.device());
   if (!is_chosen(Backend::cpp)) {
     return call_python<ValuesAndIndices(const at::Tensor&, c10::SymInt, double, at::IntArrayRef,
                                         const std::optional<at::Tensor>&)>("select_informative", h, m, bandwidth,
@@ -148,11 +133,8 @@ ValuesAndIndices top_m(const at::Tensor& score, int64_t m, const std::optional<a
   check_floating(score, "score");
   check_dim(score, "score", 2, "[B, N]");
   const int64_t n = score.size(1);
-  TORCH_CHECK_VALUE(1 <= m && m <= n, "m: expected 1..N = 1..", n, ", got ", m);
+  check_selection(score, "score", m, n, "N", source);
   const at::Tensor& from = source ? *source : score;
-  check_floating(from, "source");
-  check_same_shape(from, "source", score, "score");
-  check_device(from, "source", score.device());
   if (!is_chosen(Backend::cpp)) {
     return call_python<ValuesAndIndices(const at::Tensor&, c10::SymInt, const std::optional<at::Tensor>&)>(
         "top_m", score, m, source);
@@ -178,18 +160,7 @@ ValuesAndIndices top_m(const at::Tensor& score, int64_t m, const std::optional<a
 // values, indices [B, m], mean [B] -> [B, *shape]
 at::Tensor scatter_codeword(const at::Tensor& values, const at::Tensor& indices, const at::Tensor& mean,
                             at::IntArrayRef shape) {
-  check_floating(values, "values");
-  check_dim(values, "values", 2, "[B, m]");
-  TORCH_CHECK_TYPE(indices.scalar_type() == at::kLong, "indices: expected int64, got ", indices.scalar_type());
-  check_same_shape(indices, "indices", values, "values");
-  TORCH_CHECK_TYPE(mean.scalar_type() == values.scalar_type(), "mean: expected the dtype of values, ",
-                   values.scalar_type(), ", got ", mean.scalar_type());
-  TORCH_CHECK_VALUE(mean.dim() == 1 && mean.size(0) == values.size(0), "mean: expected shape [B] = [", values.size(0),
-                    "], got ", mean.sizes());
-  TORCH_CHECK_VALUE(std::all_of(shape.begin(), shape.end(), [](int64_t size) { return size >= 0; }),
-                    "shape: expected sizes of at least 0, got ", shape);
-  check_device(indices, "indices", values.device());
-  check_device(mean, "mean", values.device());
+  check_codeword(values, indices, mean, shape);
   if (!is_chosen(Backend::cpp)) {
     const std::vector<c10::SymInt> symbolic(shape.begin(), shape.end());
     return call_python<at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, c10::SymIntArrayRef)>(
