@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <thread>
 
 #include "cpu/nf4_lora.h"
 #include "cpu/parallel.h"
@@ -48,7 +49,10 @@ class SharedInner {
       o_.tokens == 1 ? rows_of_a(part * kRowsOfA) : tokens_of_x(part * kTokens);
       missing_.fetch_sub(1, std::memory_order_release);
     }
-    while (missing_.load(std::memory_order_acquire) > 0) continue;
+    // The others are nearly done, unless the system has put one aside: then it needs the core more.
+    for (int turns = 0; missing_.load(std::memory_order_acquire) > 0; ++turns) {
+      if (turns > 1000) std::this_thread::yield();
+    }
   }
 
  private:
