@@ -74,13 +74,18 @@ def test_kernels_neither_spill_nor_exceed_their_registers(source, tmp_path):
         assert per_warp * (threads // 32) * blocks <= REGISTERS, f"{where}: {registers} registers for {blocks} blocks"
 
 
+def test_no_two_sources_have_one_object_file():
+    stems = [path.stem for kind in ("*.cpp", "*.cu") for path in simulator.SOURCES.glob(kind)]
+    assert len(stems) == len(set(stems)), "torch's build names an object after its source, without .cpp or .cu"
+
+
 def test_a_barrier_taken_away_is_found(simulated, tmp_path, monkeypatch):
     header = (simulator.SOURCES / "select.cuh").read_text()
     barrier = "  if (threadIdx.x == 0) state.survivors = 0;\n  __syncthreads();\n"
     assert barrier in header
     (tmp_path / "cuda").mkdir()
     (tmp_path / "cuda" / "select.cuh").write_text(header.replace(barrier, barrier.replace("  __syncthreads();\n", "")))
-    source = simulator.SOURCES / "self_information.cu"
+    source = simulator.SOURCES / "self_information_kernels.cu"
     # Its folder is searched before csrc. The kernels' names carry a hash, which differs between the two files.
     broken = simulator.ptxsim().Module(simulator.compile_ptx(source, extra=("-I", str(tmp_path))))
     kernels = {unhashed(name): (broken, name) for name in broken.kernels()}
