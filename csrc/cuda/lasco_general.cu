@@ -27,11 +27,13 @@ static_assert(kTileTokens * kTileColumns == kThreads * kOwnTokens * kOwnColumns)
 
 __device__ float widen(float x) { return x; }
 __device__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ float narrow(float x, float) { return x; }
+__device__ __nv_bfloat16 narrow(float x, __nv_bfloat16) { return __float2bfloat16_rn(x); }
 
 // x as an operand of a product by such weights.
 template <class Weight>
 __device__ float rounded(float x) {
-  return widen(static_cast<Weight>(x));
+  return widen(narrow(x, Weight()));
 }
 
 // Shared memory of a product.

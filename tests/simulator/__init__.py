@@ -35,7 +35,10 @@ SOURCES = ROOT / "csrc" / "cuda"
 BUILD = ROOT / "build" / "simulator"
 NAMESPACE = "csikernels_simulated"
 PTX_ARCH = "compute_80"  # the oldest target: what runs here uses nothing newer
-NVCC_FLAGS = ["-std=c++20", "-O3", "-lineinfo", "-I", str(ROOT / "csrc")]
+# As torch's build has them: without the conversions and operators that these take away, some code does not compile.
+_TORCH_MACROS = ["HALF_OPERATORS", "HALF_CONVERSIONS", "BFLOAT16_CONVERSIONS", "HALF2_OPERATORS"]
+_DEFINES = [f"-D__CUDA_NO_{name}__" for name in _TORCH_MACROS]
+NVCC_FLAGS = ["-std=c++20", "-O3", "-lineinfo", *_DEFINES, "-I", str(ROOT / "csrc")]
 
 _LAUNCHER = ctypes.CFUNCTYPE(
     ctypes.c_int,
