@@ -18,9 +18,10 @@ namespace csikernels::cpu::nf4_lora {
 namespace {
 
 constexpr int64_t kFewWorkPerThread = 1 << 18;  // weights times tokens that one thread does in a few microseconds
-constexpr int64_t kBlockUnits = 256;            // of 4 bytes: three groups of 16 tokens and this many steps fit L1
-constexpr int64_t kWideBlockUnits = 512;        // two groups
-constexpr int64_t kPanelRows = 128;             // times kBlockUnits: 128 KB of L2
+// Steps of 4 bytes of a panel. The sums are written and read again for every panel, so that a few long ones are better
+// than many that leave three groups of tokens in L1: L2 brings the 3 vectors of a step's 24 products in time.
+constexpr int64_t kBlockUnits = 512;
+constexpr int64_t kPanelRows = 64;  // times kBlockUnits: 128 KB of L2
 constexpr int64_t kRowPadding = 16;             // units, so that the rows of a panel do not share cache sets
 constexpr int64_t kChunkGroups = 32;            // of tokens, whose sums for one panel fit L2
 
@@ -175,7 +176,7 @@ void pack_tokens(const Operands& o, const PackedTokens& packed) {
 void multiply_panel(const Operands& o, const PackedTokens& packed, int64_t begin, int64_t end, float* panel, float* c) {
   const Layer& layer = o.layer;
   const int64_t k = o.weight.k, n = o.weight.n, bytes = layer.element_bytes(), lanes = layer.lanes;
-  const int64_t block = packed.wide ? kWideBlockUnits : kBlockUnits, row_units = block + kRowPadding;
+  constexpr int64_t block = kBlockUnits, row_units = block + kRowPadding;
   const int64_t x_units = packed.vector_units(layer, packed.x_steps);
   const int64_t t_units = packed.vector_units(layer, packed.t_steps);
   const int64_t unit = packed.wide ? 2 : 1;  // of 4 bytes per step
@@ -207,9 +208,8 @@ void multiply_many_tokens(const Operands& o) {
   // Whole panels where each thread gets some, thinner ones otherwise: a row's sum does not depend on its panel.
   const int64_t share = round_up(ceil_div(o.weight.n, at::get_num_threads()), 8);
   const int64_t rows = std::min(kPanelRows, share);
-  const int64_t block = packed.wide ? kWideBlockUnits : kBlockUnits;
   at::parallel_for(0, ceil_div(o.weight.n, rows), 1, [&](int64_t begin, int64_t end) {
-    const Scratch<float> panel(rows * (block + kRowPadding));
+    const Scratch<float> panel(rows * (kBlockUnits + kRowPadding));
     const Scratch<float> c(rows * std::min(packed.groups, kChunkGroups) * o.layer.lanes);
     for (int64_t i = begin; i < end; ++i) {
       multiply_panel(o, packed, i * rows, std::min((i + 1) * rows, o.weight.n), panel.get(), c.get());
