@@ -1,7 +1,7 @@
 # make install        a virtual environment in .venv with everything for development; install-test adds the tests' extras
 # make demo           the main job on unseen environments, with table and figures
 # make demo-checkpoints  the demo's pre-trained models, from a fixed seed (over an hour)
-# make test | bench | lint
+# make test | test-slow | bench | lint
 # make asan           the kernel tests under AddressSanitizer and UBSan, on every CPU capability
 # make cuda-check     build against a CUDA build of torch and list the architectures (no GPU needed)
 # make gpu-report     all tests and benches on a GPU, as one Markdown file
@@ -20,7 +20,7 @@ CPP_FILES := $(wildcard $(foreach kind,h cpp cu cuh,csrc/*.$(kind) csrc/*/*.$(ki
 TEST_CPP_FILES := $(wildcard tests/simulator/*.h tests/simulator/*.cpp)
 
 .DELETE_ON_ERROR:
-.PHONY: install install-test demo demo-checkpoints test bench lint asan cuda-check gpu-report
+.PHONY: install install-test demo demo-checkpoints test test-slow bench lint asan cuda-check gpu-report
 
 install: $(STAMP)
 install-test: $(TEST_STAMP)
@@ -56,6 +56,9 @@ demo-checkpoints: $(STAMP)
 
 test: $(TEST_STAMP)
 	$(BIN)/python -m pytest -q -m "not slow"
+
+test-slow: $(TEST_STAMP)
+	$(BIN)/python -m pytest -q -m slow
 
 bench: $(STAMP)
 	@mkdir -p $(dir $(BENCH_JSON))
