@@ -21,9 +21,9 @@ constexpr int64_t kFewWorkPerThread = 1 << 18;  // weights times tokens that one
 // Steps of 4 bytes of a panel. The sums are written and read again for every panel, so that a few long ones are better
 // than many that leave three groups of tokens in L1: L2 brings the 3 vectors of a step's 24 products in time.
 constexpr int64_t kBlockUnits = 512;
-constexpr int64_t kPanelRows = 64;  // times kBlockUnits: 128 KB of L2
-constexpr int64_t kRowPadding = 16;             // units, so that the rows of a panel do not share cache sets
-constexpr int64_t kChunkGroups = 32;            // of tokens, whose sums for one panel fit L2
+constexpr int64_t kPanelRows = 64;    // times kBlockUnits: 128 KB of L2
+constexpr int64_t kRowPadding = 16;   // units, so that the rows of a panel do not share cache sets
+constexpr int64_t kChunkGroups = 32;  // of tokens, whose sums for one panel fit L2
 
 // The arguments in the layer's element type, contiguous.
 struct Operands {
