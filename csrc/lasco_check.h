@@ -1,6 +1,7 @@
 // Checks of lasco_forward, the same for every device.
 #pragma once
 
+#include <ATen/core/DimVector.h>
 #include <ATen/core/Tensor.h>
 
 #include <string_view>
@@ -15,11 +16,12 @@ namespace csikernels {
 // One entry of the flat weight list: whether it is the matrix of a product, and its shape without the slot.
 struct SamWeight {
   bool matrix;
-  std::vector<int64_t> shape;
+  at::DimVector shape;
 };
 
 inline std::vector<SamWeight> sam_weights(const SamSizes& s) {
   std::vector<SamWeight> all;
+  all.reserve(s.weights());
   const auto vectors = [&](int count) {
     for (int i = 0; i < count; ++i) all.push_back({false, {s.width}});
   };
@@ -78,18 +80,17 @@ inline SamSizes sam_sizes(const at::Tensor& h_in, const at::Tensor& alpha, at::T
   return s;
 }
 
-// The flat list of one network, or of `count` networks stacked along the first dimension.
-inline void check_sam_weights(at::TensorList weights, const char* name, const SamSizes& sizes, int64_t count,
-                              bool stacked, c10::Device device) {
-  const std::vector<SamWeight> expected = sam_weights(sizes);
+// The flat list of one network, or of `count` networks stacked along the first dimension; `expected` by sam_weights().
+inline void check_sam_weights(at::TensorList weights, const char* name, const std::vector<SamWeight>& expected,
+                              bool bfloat16, int64_t count, bool stacked, c10::Device device) {
   TORCH_CHECK_VALUE(weights.size() == expected.size(), name, ": expected ", expected.size(), " weights, got ",
                     weights.size());
   for (size_t i = 0; i < weights.size(); ++i) {
-    std::vector<int64_t> shape = expected[i].shape;
+    at::DimVector shape = expected[i].shape;
     if (stacked) shape.insert(shape.begin(), count);
     TORCH_CHECK_VALUE(weights[i].sizes() == at::IntArrayRef(shape), name, "[", i, "]: expected shape ",
                       at::IntArrayRef(shape), ", got ", weights[i].sizes());
-    const at::ScalarType type = sizes.bfloat16 && expected[i].matrix ? at::kBFloat16 : at::kFloat;
+    const at::ScalarType type = bfloat16 && expected[i].matrix ? at::kBFloat16 : at::kFloat;
     TORCH_CHECK_TYPE(weights[i].scalar_type() == type, name, "[", i, "]: expected ", type, ", got ",
                      weights[i].scalar_type());
     check_device(weights[i], name, device);

@@ -3,12 +3,19 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <algorithm>
 #include <bit>
+#include <initializer_list>
 #include <optional>
 
 #include "check.h"
 
 namespace csikernels {
+
+// Whether a product of these is left to torch: in float64 it is dense.
+inline bool any_double(std::initializer_list<at::ScalarType> types) {
+  return std::find(types.begin(), types.end(), at::kDouble) != types.end();
+}
 
 inline void check_nf4_block_size(int64_t block_size) {
   TORCH_CHECK_VALUE(32 <= block_size && block_size <= 4096 && std::has_single_bit(static_cast<uint64_t>(block_size)),

@@ -6,8 +6,8 @@
 #pragma once
 
 #include <cstdint>
-#include <numeric>
 
+#include "codebook_order.h"
 #include "cpu/codebook_kernel.h"
 
 namespace csikernels::cpu::codebook {
@@ -29,14 +29,6 @@ struct Header {
   int64_t bytes() const { return tiles_at() + books * tiles * tile_bytes; }
 };
 static_assert(sizeof(Header) == 64);
-
-// Neighbouring words of a structured book (a DFT grid) have neighbouring similarities. In order they would creep up to
-// the maximum and each would pass as the best so far; a step near the golden section of K spreads them evenly.
-inline int64_t spreading_step(int64_t words) {
-  auto step = static_cast<int64_t>(0.6180339887498949 * static_cast<double>(words)) | 1;
-  while (step > 1 && std::gcd(step, words) != 1) step -= 2;
-  return step % words == 0 ? 1 : step;
-}
 
 inline Header layout(bool exact, int64_t books, int64_t words, int64_t components) {
   Header header{};

@@ -1,6 +1,5 @@
 // CPU side of lasco_forward: checks, the parallel loop over samples, registration.
 #include <ATen/Parallel.h>
-#include <ATen/core/DimVector.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -10,16 +9,14 @@
 #include <cmath>
 #include <cstring>
 #include <numeric>
-#include <string_view>
 #include <tuple>
-#include <utility>
 #include <vector>
 
-#include "check.h"
 #include "cpu/capability.h"
 #include "cpu/lasco_kernel.h"
 #include "cpu/scratch.h"
 #include "dispatch.h"
+#include "lasco_check.h"
 
 namespace csikernels::cpu {
 namespace {
@@ -56,57 +53,18 @@ double operations(const SamSizes& s) {
   return 2.0 * s.tokens * (2.0 * s.features * s.width + s.layers * block);
 }
 
-// One entry of the flat weight list: whether it is the matrix of a product, and its shape without the slot.
-struct Entry {
-  bool matrix;
-  at::DimVector shape;
-};
-
-std::vector<Entry> entries(const SamSizes& s) {
-  const auto vectors = [&](std::vector<Entry>& all, int count) {
-    for (int i = 0; i < count; ++i) all.push_back({false, {s.width}});
-  };
-  const auto linear = [](std::vector<Entry>& all, int64_t rows, int64_t depth) {
-    all.push_back({true, {rows, depth}});
-    all.push_back({false, {rows}});
-  };
-  std::vector<Entry> all;
-  all.reserve(s.weights());
-  linear(all, s.width, s.features);
-  all.push_back({false, {s.tokens, s.width}});
-  for (int64_t block = 0; block < s.layers; ++block) {
-    linear(all, 3 * s.width, s.width);
-    linear(all, s.width, s.width);
-    linear(all, s.feedforward, s.width);
-    linear(all, s.width, s.feedforward);
-    vectors(all, 4);
-  }
-  vectors(all, s.final_norm ? 2 : 0);
-  linear(all, s.features, s.width);
-  return all;
-}
-
 // The weights of many networks of one architecture, and where those of one lie.
 class Networks {
  public:
   // stacked: whether each tensor has the networks as its first dimension.
-  Networks(at::TensorList weights, const std::vector<Entry>& expected, const char* name, bool bfloat16, int64_t count,
-           bool stacked) {
-    TORCH_CHECK_VALUE(weights.size() == expected.size(), name, ": expected ", expected.size(), " weights, got ",
-                      weights.size());
+  Networks(at::TensorList weights, const std::vector<SamWeight>& expected, const char* name, bool bfloat16,
+           int64_t count, bool stacked) {
+    check_sam_weights(weights, name, expected, bfloat16, count, stacked, at::kCPU);
     kept_.reserve(weights.size());
     first_.reserve(weights.size());
     bytes_.reserve(weights.size());
-    for (size_t i = 0; i < weights.size(); ++i) {
-      at::DimVector shape = expected[i].shape;
-      if (stacked) shape.insert(shape.begin(), count);
-      TORCH_CHECK_VALUE(weights[i].sizes() == at::IntArrayRef(shape), name, "[", i, "]: expected shape ",
-                        at::IntArrayRef(shape), ", got ", weights[i].sizes());
-      const at::ScalarType type = bfloat16 && expected[i].matrix ? at::kBFloat16 : at::kFloat;
-      TORCH_CHECK_TYPE(weights[i].scalar_type() == type, name, "[", i, "]: expected ", type, ", got ",
-                       weights[i].scalar_type());
-      check_device(weights[i], name, at::kCPU);
-      kept_.push_back(weights[i].contiguous());
+    for (const at::Tensor& weight : weights) {
+      kept_.push_back(weight.contiguous());
       first_.push_back(static_cast<const char*>(kept_.back().const_data_ptr()));
       bytes_.push_back(stacked && count > 0 ? static_cast<int64_t>(kept_.back().nbytes()) / count : 0);
     }
@@ -201,45 +159,6 @@ void run(const Batch& batch, float* shift) {
   });
 }
 
-SamSizes sizes_of(const at::Tensor& h_in, const at::Tensor& alpha, at::TensorList proxies, int64_t heads,
-                  std::string_view activation, bool norm_first, double eps) {
-  TORCH_CHECK_VALUE(activation == "relu" || activation == "gelu", "activation: expected relu or gelu, got ",
-                    activation);
-  TORCH_CHECK_VALUE(proxies.size() >= 17, "proxies: expected at least 17 weights, got ", proxies.size());
-  check_dim(proxies[0], "proxies[0]", 3, "[U, d, F]");
-  check_dim(proxies[7], "proxies[7]", 3, "[U, ff, d]");
-  const auto rest = static_cast<int64_t>(proxies.size()) - 5;
-  SamSizes s{};
-  s.tokens = h_in.size(1);
-  s.features = h_in.size(2);
-  s.layers = rest / 12;
-  s.width = proxies[0].size(1);
-  s.heads = heads;
-  s.feedforward = proxies[7].size(1);
-  s.gelu = activation == "gelu";
-  s.norm_first = norm_first;
-  s.final_norm = rest % 12 != 0;
-  s.bfloat16 = proxies[0].scalar_type() == at::kBFloat16;
-  s.eps = static_cast<float>(eps);
-  TORCH_CHECK_VALUE(heads > 0 && s.width % heads == 0, "heads: expected a divisor of the width ", s.width, ", got ",
-                    heads);
-  check_dim(alpha, "alpha", 1, "[U]");
-  return s;
-}
-
-void check_slots(const at::Tensor& slot, int64_t samples, int64_t slots) {
-  check_dim(slot, "slot", 1, "[B]");
-  TORCH_CHECK_TYPE(slot.scalar_type() == at::kLong, "slot: expected int64, got ", slot.scalar_type());
-  check_device(slot, "slot", at::kCPU);
-  TORCH_CHECK_VALUE(slot.size(0) == samples, "slot: expected shape [", samples, "], one per sample of h_in, got ",
-                    slot.sizes());
-  const int64_t* value = slot.const_data_ptr<int64_t>();
-  for (int64_t i = 0; i < samples; ++i) {
-    TORCH_CHECK_VALUE(0 <= value[i] && value[i] < slots, "slot: expected 0..", slots - 1, " (the bank has ", slots,
-                      " slots), got ", value[i]);
-  }
-}
-
 using Signature = OutputAndShift(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
                                  at::TensorList, at::TensorList, at::TensorList, int64_t, c10::string_view, bool,
                                  double, bool);
@@ -253,18 +172,15 @@ OutputAndShift lasco_forward(const at::Tensor& h_in, const at::Tensor& base_outp
     return call_python<Signature>("lasco_forward", h_in, base_output, slot, alpha, proxies, reference, packed, heads,
                                   activation, norm_first, eps, keep_shift);
   }
-  check_dim(h_in, "h_in", 3, "[B, T, F]");
-  check_same_shape(base_output, "base_output", h_in, "h_in");
-  for (const auto& [tensor, name] : {std::pair(&h_in, "h_in"), {&base_output, "base_output"}, {&alpha, "alpha"}}) {
-    TORCH_CHECK_TYPE(tensor->scalar_type() == at::kFloat, name, ": expected float32, got ", tensor->scalar_type());
-    check_device(*tensor, name, at::kCPU);
-  }
-  const SamSizes sizes = sizes_of(h_in, alpha, proxies, heads, activation, norm_first, eps);
-  const std::vector<Entry> expected = entries(sizes);
+  check_lasco_inputs(h_in, base_output, alpha);
+  const SamSizes sizes = sam_sizes(h_in, alpha, proxies, heads, activation, norm_first, eps);
+  const std::vector<SamWeight> expected = sam_weights(sizes);
   const int64_t slots = alpha.size(0), samples = h_in.size(0);
   const at::Tensor h = h_in.contiguous(), base = base_output.contiguous(), coefficients = alpha.contiguous();
   const at::Tensor chosen = slot.contiguous();
-  check_slots(chosen, samples, slots);
+  check_slot_shape(chosen, samples);
+  check_device(chosen, "slot", at::kCPU);
+  check_slot_values(chosen, slots);
   const bool low = sizes.bfloat16;
   const bool whole_shift = keep_shift || samples < 2 * at::get_num_threads();
   at::Tensor output = at::empty_like(h);

@@ -23,15 +23,9 @@
 
 #include <cstdint>
 
+#include "lasco_sizes.h"
+
 namespace csikernels::cpu {
-
-struct SamSizes {
-  int64_t tokens, features, layers, width, heads, feedforward;
-  bool gelu, norm_first, final_norm, bfloat16;
-  float eps;
-
-  int64_t weights() const { return 5 + 12 * layers + (final_norm ? 2 : 0); }  // entries of the flat weight list
-};
 
 // Bytes that one forward needs for its activations, whatever the instruction set.
 int64_t sam_workspace(const SamSizes& sizes);

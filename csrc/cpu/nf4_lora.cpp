@@ -10,9 +10,9 @@
 #include <bit>
 #include <vector>
 
-#include "check.h"
 #include "cpu/capability.h"
 #include "dispatch.h"
+#include "nf4_lora_check.h"
 
 namespace csikernels::cpu {
 namespace nf4_lora {
@@ -80,20 +80,8 @@ Layer layer_for(at::ScalarType x) {
   return float_layer();
 }
 
-bool any_double(std::initializer_list<at::ScalarType> types) {
-  return std::find(types.begin(), types.end(), at::kDouble) != types.end();
-}
-
 NF4Matrix matrix(const at::Tensor& packed, const at::Tensor& absmax, int64_t n, int64_t k, int64_t block_size) {
-  TORCH_CHECK_VALUE(32 <= block_size && block_size <= 4096 && std::has_single_bit(static_cast<uint64_t>(block_size)),
-                    "block_size: expected one of 32, 64, 128, 256, 512, 1024, 2048, 4096, got ", block_size);
-  TORCH_CHECK_TYPE(packed.scalar_type() == at::kByte, "packed: expected uint8, got ", packed.scalar_type());
-  TORCH_CHECK_TYPE(absmax.scalar_type() == at::kFloat, "absmax: expected float32, got ", absmax.scalar_type());
-  const int64_t bytes = ceil_div(n * k, 2), blocks = ceil_div(n * k, block_size);
-  TORCH_CHECK_VALUE(packed.numel() == bytes && packed.is_contiguous(), "packed: expected a contiguous tensor of ",
-                    bytes, " bytes, got shape ", packed.sizes());
-  TORCH_CHECK_VALUE(absmax.numel() == blocks && absmax.is_contiguous(), "absmax: expected a contiguous tensor of ",
-                    blocks, " scales, got shape ", absmax.sizes());
+  check_nf4(packed, absmax, n, k, block_size);
   return {packed.const_data_ptr<uint8_t>(), absmax.const_data_ptr<float>(), n, k,
           std::countr_zero(static_cast<uint64_t>(block_size))};
 }
@@ -124,13 +112,6 @@ namespace {
 
 using PackedAndScales = std::tuple<at::Tensor, at::Tensor>;
 
-[[noreturn]] void refuse(const at::Tensor& weight, int64_t position) {
-  const int64_t columns = weight.size(1), row = position / columns, column = position % columns;
-  const double value = weight.select(0, row).select(0, column).item<double>();
-  TORCH_CHECK_VALUE(false, "weight: expected finite float32 values, got ", value, " at index (", row, ", ", column,
-                    ")");
-}
-
 // weight floating [N, K] -> packed uint8 [ceil(N K / 2)], absmax float32 [ceil(N K / block_size)]
 PackedAndScales quantize_op(const at::Tensor& weight, int64_t block_size) {
   if (!is_chosen(Backend::cpp)) {
@@ -156,7 +137,7 @@ PackedAndScales quantize_op(const at::Tensor& weight, int64_t block_size) {
     int64_t earliest = refused.load();
     while (first + bad < earliest && !refused.compare_exchange_weak(earliest, first + bad)) continue;
   });
-  if (refused < count) refuse(weight, refused);
+  if (refused < count) refuse_weight(weight, refused);
   return {packed, absmax};
 }
 
@@ -174,28 +155,14 @@ at::Tensor dequantize_op(const at::Tensor& packed, const at::Tensor& absmax, c10
   return dequantize(matrix(packed, absmax, sizes[0], sizes[1], block_size), type);
 }
 
-void check_layer(const at::Tensor& x, const at::Tensor& lora_a, const at::Tensor& lora_b) {
-  check_floating(x, "x");
-  check_floating(lora_a, "lora_a");
-  check_floating(lora_b, "lora_b");
-  TORCH_CHECK_VALUE(x.dim() >= 1, "x: expected [..., K], got ", x.sizes());
-  const int64_t k = x.size(-1);
-  TORCH_CHECK_VALUE(lora_a.dim() == 2 && lora_a.size(1) == k, "lora_a: expected [r, ", k, "], got ", lora_a.sizes());
-  TORCH_CHECK_VALUE(lora_b.dim() == 2 && lora_b.size(1) == lora_a.size(0), "lora_b: expected [N, ", lora_a.size(0),
-                    "], got ", lora_b.sizes());
-}
-
 // x [..., K], packed uint8, absmax float32, lora_a [r, K], lora_b [N, r], bias [N] or nothing -> [..., N]
 at::Tensor linear_op(const at::Tensor& x, const at::Tensor& packed, const at::Tensor& absmax, int64_t block_size,
                      const at::Tensor& lora_a, const at::Tensor& lora_b, double scaling,
                      const std::optional<at::Tensor>& bias) {
   // Checked also where the call is handed over: the public function leaves plain tensors to these checks.
-  check_layer(x, lora_a, lora_b);
+  check_nf4_layer(x, lora_a, lora_b);
   const int64_t n = lora_b.size(0);
-  if (bias) {
-    check_floating(*bias, "bias");
-    TORCH_CHECK_VALUE(bias->dim() == 1 && bias->size(0) == n, "bias: expected [", n, "], got ", bias->sizes());
-  }
+  check_nf4_bias(bias, n);
   const NF4Matrix weight = matrix(packed, absmax, n, x.size(-1), block_size);
   if (!is_chosen(Backend::cpp)) {
     return call_python<at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, int64_t, const at::Tensor&,
@@ -215,12 +182,9 @@ Gradients backward_op(const at::Tensor& grad, const at::Tensor& x, const at::Ten
                                  const at::Tensor&, const at::Tensor&, double, std::array<bool, 4>)>(
         "nf4_lora_linear_backward", grad, x, packed, absmax, block_size, lora_a, lora_b, scaling, wanted);
   }
-  check_layer(x, lora_a, lora_b);
-  check_floating(grad, "grad");
+  check_nf4_layer(x, lora_a, lora_b);
   const int64_t n = lora_b.size(0), k = x.size(-1);
-  TORCH_CHECK_VALUE(grad.dim() == x.dim() && grad.size(-1) == n &&
-                        grad.sizes().slice(0, grad.dim() - 1) == x.sizes().slice(0, x.dim() - 1),
-                    "grad: expected the leading shape of x, ", x.sizes(), ", and ", n, " columns, got ", grad.sizes());
+  check_nf4_gradient(grad, x, n);
   return linear_backward(grad, x, matrix(packed, absmax, n, k, block_size), lora_a, lora_b, scaling, wanted);
 }
 

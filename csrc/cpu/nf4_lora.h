@@ -5,7 +5,6 @@
 
 #include <array>
 #include <cstdint>
-#include <initializer_list>
 #include <optional>
 #include <tuple>
 
@@ -49,9 +48,6 @@ Layer layer_for(at::ScalarType x);
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
-
-// float64 where one of the tensors is: these products are dense and torch's.
-bool any_double(std::initializer_list<at::ScalarType> types);
 
 // The raw weight [n, k], after checking its parts; keeps no reference to them.
 NF4Matrix matrix(const at::Tensor& packed, const at::Tensor& absmax, int64_t n, int64_t k, int64_t block_size);

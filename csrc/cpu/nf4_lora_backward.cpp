@@ -18,6 +18,7 @@
 #include <algorithm>
 
 #include "cpu/nf4_lora.h"
+#include "nf4_lora_check.h"
 
 namespace csikernels::cpu::nf4_lora {
 namespace {

@@ -13,6 +13,7 @@
 
 #include "cpu/nf4_lora.h"
 #include "cpu/parallel.h"
+#include "nf4_lora_check.h"
 
 namespace csikernels::cpu::nf4_lora {
 namespace {

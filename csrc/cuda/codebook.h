@@ -11,7 +11,8 @@
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
-#include <numeric>
+
+#include "codebook_order.h"
 
 namespace csikernels::cuda::codebook {
 
@@ -34,12 +35,8 @@ struct Layout {
   __device__ int64_t word_at(int64_t position) const { return position * step % words; }
 };
 
-// Neighbouring words of a structured book (a DFT grid) have neighbouring similarities: in order they would creep up to
-// the maximum and each would pass as the best so far. A step near the golden section of K spreads them evenly.
 inline Layout layout(int64_t books, int64_t words, int64_t dimension) {
-  int64_t step = static_cast<int64_t>(0.6180339887498949 * static_cast<double>(words)) | 1;
-  while (step > 1 && std::gcd(step, words) != 1) step -= 2;
-  return {books, words, dimension, step};
+  return {books, words, dimension, spreading_step(words)};
 }
 
 // from [E * K][D] -> words (scaled by powers of two where they are complex128) and the packed buffer. *refused becomes

@@ -22,6 +22,7 @@
 
 #include "cuda/codebook.h"
 #include "cuda/codebook_rows.cuh"
+#include "cuda/tensor_core.cuh"
 
 namespace csikernels::cuda::codebook {
 namespace {
@@ -70,23 +71,13 @@ __device__ inline float root(float x) {
 }
 
 __device__ inline void copy_async(uint4* to, const uint4* from) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))),
-               "l"(from)
-               : "memory");
-}
-__device__ inline void commit_async() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int pending>
-__device__ void wait_async() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
 }
 
 // sum += words [16][16] * queries [16][8]
 __device__ inline void multiply(float (&sum)[4], const uint4& words, uint32_t low, uint32_t high) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-      "{%0, %1, %2, %3};"
-      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-      : "r"(words.x), "r"(words.y), "r"(words.z), "r"(words.w), "r"(low), "r"(high));
+  const uint32_t rows[4] = {words.x, words.y, words.z, words.w};
+  mma<__nv_bfloat16>(sum, rows, low, high);
 }
 
 __device__ inline int64_t row_at(const Search& s, int64_t place) {
@@ -243,7 +234,7 @@ __global__ void __launch_bounds__(kThreads, Tiling<kQueries>::kBlocks)
                    from + static_cast<int64_t>(step) * kStageUnits + i);
       }
     }
-    commit_async();
+    commit_copies();
   };
   const auto start = [&](int64_t book) {
     from = static_cast<const uint4*>(s.tiles) + (book * tiles + first) * chunks * kStageUnits + threadIdx.x;
@@ -268,7 +259,7 @@ __global__ void __launch_bounds__(kThreads, Tiling<kQueries>::kBlocks)
       const float residual = s.residuals[book * tiles + first + t];
       float sums[T::kWordGroups][T::kQueryGroups][4] = {};
       for (int chunk = 0; chunk < chunks; ++chunk, ++step) {
-        wait_async<kStages - 2>();
+        wait_for_copies<kStages - 2>();
         __syncthreads();
         copy(step + kStages - 1);
 #pragma unroll

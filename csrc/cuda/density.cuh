@@ -1,12 +1,11 @@
 // How dense the neighbourhood of each element is: the ranking of self-information, in fixed point or in float64.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <cfloat>
 #include <cstdint>
 
+#include "cuda/exp2.cuh"
+#include "cuda/scalar.cuh"
 #include "cuda/select.cuh"
 #include "cuda/self_information.h"
 
@@ -16,17 +15,6 @@ namespace {
 constexpr float kUnit = 0x1p27f;               // a term of 1, in fixed point: eight of them stay below the flag
 constexpr uint32_t kNotANumber = 0x80000000u;  // flag in a sum
 constexpr double kLn2 = 0.693147180559945309;
-
-__device__ float widen(float x) { return x; }
-__device__ double widen(double x) { return x; }
-__device__ float widen(__half x) { return __half2float(x); }
-__device__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
-
-__device__ float exp2_fast(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
 
 struct Shape {
   int channels, height, width;

@@ -71,8 +71,9 @@ OutputAndShift lasco_forward(const at::Tensor& h_in, const at::Tensor& base_outp
   check_lasco_inputs(h_in, base_output, alpha);
   const SamSizes sizes = sam_sizes(h_in, alpha, proxies, heads, activation, norm_first, eps);
   const int64_t slots = alpha.size(0), samples = h_in.size(0);
-  check_sam_weights(proxies, "proxies", sizes, slots, true, h_in.device());
-  check_sam_weights(reference, "reference", sizes, 1, false, h_in.device());
+  const std::vector<SamWeight> expected = sam_weights(sizes);
+  check_sam_weights(proxies, "proxies", expected, sizes.bfloat16, slots, true, h_in.device());
+  check_sam_weights(reference, "reference", expected, sizes.bfloat16, 1, false, h_in.device());
   const bool small = h_in.numel() / std::max<int64_t>(1, samples) <= std::numeric_limits<int>::max() / 4 &&
                      samples <= std::numeric_limits<int>::max();
   if (sizes.layers > kMaxLayers || !small) return by_python();

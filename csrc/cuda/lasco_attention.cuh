@@ -79,22 +79,6 @@ __device__ void attend(const unsigned char* qkv, unsigned char* context, int tas
 
 // bfloat16 ------------------------------------------------------------------------------------------------------------
 
-// Four 8x8 matrices: lane l gives the address of row l % 8 of matrix l / 8.
-template <bool kTransposed>
-__device__ void load_matrices(uint32_t (&to)[4], const unsigned char* row) {
-  if constexpr (kTransposed) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-                 : "r"(shared_address(row))
-                 : "memory");
-  } else {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-                 : "r"(shared_address(row))
-                 : "memory");
-  }
-}
-
 __device__ inline uint32_t pack(float a, float b) {
   const __nv_bfloat162 both = __floats2bfloat162_rn(a, b);
   return *reinterpret_cast<const uint32_t*>(&both);
@@ -141,15 +125,16 @@ __device__ void attend(const unsigned char* qkv, unsigned char* context, int tas
   for (int step = 0; step < (kNarrow ? 1 : size / 16); ++step) {
     const int at = column + 16 * step;
     uint32_t a[4], b[2][4];  // b: of keys 0..15 and 16..31
-    load_matrices<false>(a, row(first + lane % 16, at + (kNarrow ? 0 : lane / 16 * 8)));
+    load_matrices<false>(a, shared_address(row(first + lane % 16, at + (kNarrow ? 0 : lane / 16 * 8))));
     if constexpr (kNarrow) {
-      load_matrices<false>(b[0], row(lane, C::kWidth + at));
+      load_matrices<false>(b[0], shared_address(row(lane, C::kWidth + at)));
 #pragma unroll
       for (int t = 0; t < 4; ++t) mma(score[t][0], score[t][1], a[0], a[1], 0, 0, b[0][t], 0);
     } else {
 #pragma unroll
       for (int k = 0; k < 2; ++k) {
-        load_matrices<false>(b[k], row(16 * k + lane % 8 + lane / 16 * 8, C::kWidth + at + lane / 8 % 2 * 8));
+        load_matrices<false>(b[k],
+                             shared_address(row(16 * k + lane % 8 + lane / 16 * 8, C::kWidth + at + lane / 8 % 2 * 8)));
       }
 #pragma unroll
       for (int t = 0; t < 4; ++t) {
@@ -169,7 +154,7 @@ __device__ void attend(const unsigned char* qkv, unsigned char* context, int tas
   float mixed[size / 8][2][2] = {};
   if constexpr (kNarrow) {
     uint32_t v[4];
-    load_matrices<true>(v, row(lane, 2 * C::kWidth + column));
+    load_matrices<true>(v, shared_address(row(lane, 2 * C::kWidth + column)));
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
       mma(mixed[0][0], mixed[0][1], p[k][0], p[k][1], p[k][2], p[k][3], v[2 * k], v[2 * k + 1]);
@@ -180,7 +165,7 @@ __device__ void attend(const unsigned char* qkv, unsigned char* context, int tas
 #pragma unroll
       for (int t = 0; t < size / 8; t += 2) {
         uint32_t v[4];
-        load_matrices<true>(v, row(16 * k + lane % 16, 2 * C::kWidth + column + 8 * t + lane / 16 * 8));
+        load_matrices<true>(v, shared_address(row(16 * k + lane % 16, 2 * C::kWidth + column + 8 * t + lane / 16 * 8)));
         mma(mixed[t][0], mixed[t][1], p[k][0], p[k][1], p[k][2], p[k][3], v[0], v[1]);
         mma(mixed[t + 1][0], mixed[t + 1][1], p[k][0], p[k][1], p[k][2], p[k][3], v[2], v[3]);
       }

@@ -10,12 +10,11 @@
 // cache. Floor on an H100: 4 T (F d + L (2 d^2 + d ff + T d)) multiplications a network at 67 float32 TFLOP/s; this
 // kernel
 //   stays well below, since it waits for its tiles: sizes that matter belong into lasco_tiled.cu.
-#include <cuda_bf16.h>
-
 #include <algorithm>
 
 #include "cuda/lasco.h"
 #include "cuda/lasco_math.cuh"
+#include "cuda/scalar.cuh"
 
 namespace csikernels::cuda {
 namespace {
@@ -25,15 +24,10 @@ constexpr int kTileTokens = 32, kTileColumns = 64, kTileDepth = 16;
 constexpr int kOwnTokens = 2, kOwnColumns = 4;  // of a thread
 static_assert(kTileTokens * kTileColumns == kThreads * kOwnTokens * kOwnColumns);
 
-__device__ float widen(float x) { return x; }
-__device__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ float narrow(float x, float) { return x; }
-__device__ __nv_bfloat16 narrow(float x, __nv_bfloat16) { return __float2bfloat16_rn(x); }
-
 // x as an operand of a product by such weights.
 template <class Weight>
 __device__ float rounded(float x) {
-  return widen(narrow(x, Weight()));
+  return widen(narrow<Weight>(x));
 }
 
 // Shared memory of a product.

@@ -17,6 +17,7 @@
 #include <type_traits>
 
 #include "cuda/lasco.h"
+#include "cuda/tensor_core.cuh"
 
 namespace csikernels::cuda {
 namespace {
@@ -101,10 +102,6 @@ __device__ void store_operand(unsigned char* operand, int row_bytes, int token, 
   store_four(reinterpret_cast<Weight*>(element<Weight>(operand, row_bytes, token, column)), y);
 }
 
-__device__ inline uint32_t shared_address(const void* pointer) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
-}
-
 __device__ inline uint4 load_shared(uint32_t address) {
   uint4 unit;
   asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
@@ -181,7 +178,7 @@ class Stream {
 
   // The shared address of this lane's unit of the next piece; orders the one kStages - 1 behind it.
   __device__ uint32_t take() {
-    asm volatile("cp.async.wait_group %0;" ::"n"(C::kStages - 2) : "memory");
+    wait_for_copies<C::kStages - 2>();
     // The piece is there for all lanes, and all of them are done with the one before, whose place is filled next.
     if constexpr (sizeof(typename C::Weight) == 4) __syncwarp();
     constexpr int kLast = (C::kStages - 1) * kStageBytes;
@@ -203,7 +200,7 @@ class Stream {
       }
     }
     // Also where nothing is left, so that the number of groups behind a piece is always the same.
-    asm volatile("cp.async.commit_group;" ::: "memory");
+    commit_copies();
   }
 
   __device__ void open() {

@@ -3,6 +3,8 @@
 
 #include <cuda_bf16.h>
 
+#include "cuda/exp2.cuh"
+
 namespace csikernels::cuda {
 namespace {
 
@@ -26,13 +28,6 @@ __device__ inline float warp_max(float x) {
 #pragma unroll
   for (int step = 16; step > 0; step /= 2) x = fmaxf(x, __shfl_xor_sync(kWarp, x, step));
   return x;
-}
-
-// 2^x; ex2.approx errs by 2^-22 at most.
-__device__ inline float exp2_fast(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
 }
 
 // NaN passes through both.

@@ -8,6 +8,8 @@
 #include <c10/util/Exception.h>
 #include <cuda_runtime_api.h>
 
+#include "cuda/scalar.h"
+
 #ifdef CSIKERNELS_SIMULATED
 #include "simulated_launch.h"
 #else
@@ -55,6 +57,20 @@ T* write(const at::Tensor& tensor) {
 #endif
 
 namespace csikernels::cuda {
+
+// `type` is one of the four.
+inline Scalar scalar_of(at::ScalarType type) {
+  switch (type) {
+    case at::kHalf:
+      return Scalar::float16;
+    case at::kBFloat16:
+      return Scalar::bfloat16;
+    case at::kFloat:
+      return Scalar::float32;
+    default:
+      return Scalar::float64;
+  }
+}
 
 inline void check_launch(cudaError_t error, const char* op) {
   TORCH_CHECK(error == cudaSuccess, op, ": the launch failed: ", cudaGetErrorString(error));

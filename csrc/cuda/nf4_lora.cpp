@@ -38,19 +38,6 @@ struct Plain {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
 };
 
-Scalar scalar_of(at::ScalarType type) {
-  switch (type) {
-    case at::kHalf:
-      return Scalar::float16;
-    case at::kBFloat16:
-      return Scalar::bfloat16;
-    case at::kFloat:
-      return Scalar::float32;
-    default:
-      return Scalar::float64;
-  }
-}
-
 NF4 nf4_of(const at::Tensor& packed, const at::Tensor& absmax, int64_t n, int64_t k, int64_t block_size) {
   return {.packed = read<uint8_t>(packed),
           .absmax = read<float>(absmax),
@@ -61,10 +48,6 @@ NF4 nf4_of(const at::Tensor& packed, const at::Tensor& absmax, int64_t n, int64_
 
 Dense dense_of(const at::Tensor& tensor) {
   return {.data = tensor.numel() == 0 ? nullptr : read<void>(tensor), .type = scalar_of(tensor.scalar_type())};
-}
-
-bool any_double(std::initializer_list<at::ScalarType> types) {
-  return std::find(types.begin(), types.end(), at::kDouble) != types.end();
 }
 
 // Sizes that the kernels count in 32 bits, and the grid's limit of 65,535 tiles of outputs.

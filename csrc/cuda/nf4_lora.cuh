@@ -5,64 +5,21 @@
 // level.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <cstdint>
 
 #include "cuda/nf4_lora.h"
+#include "cuda/scalar.cuh"
+#include "nf4_levels.h"
 
 namespace csikernels::cuda {
 namespace {
 
-// Quantiles of the normal distribution, rescaled to [-1, 1] with an exact zero (QLoRA, appendix E).
 __host__ __device__ constexpr float level(int i) {
-  constexpr float levels[16] = {
-      -1.0f,
-      -0.6961928009986877f,
-      -0.5250730514526367f,
-      -0.39491748809814453f,
-      -0.28444138169288635f,
-      -0.18477343022823334f,
-      -0.09105003625154495f,
-      0.0f,
-      0.07958029955625534f,
-      0.16093020141124725f,
-      0.24611230194568634f,
-      0.33791524171829224f,
-      0.44070982933044434f,
-      0.5626170039176941f,
-      0.7229568362236023f,
-      1.0f,
-  };
+  constexpr float levels[16] = {CSIKERNELS_NF4_LEVELS};
   return levels[i];
 }
 
 constexpr int kChunk = 32;  // codes of a 16-byte load; they never span more than two scales, whatever the block size
-
-__device__ float widen(float x) { return x; }
-__device__ double widen(double x) { return x; }
-__device__ float widen(__half x) { return __half2float(x); }
-__device__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
-
-template <class T>
-__device__ T narrow(float x);
-template <>
-__device__ float narrow<float>(float x) {
-  return x;
-}
-template <>
-__device__ __half narrow<__half>(float x) {
-  return __float2half_rn(x);
-}
-template <>
-__device__ __nv_bfloat16 narrow<__nv_bfloat16>(float x) {
-  return __float2bfloat16_rn(x);
-}
-template <>
-__device__ double narrow<double>(float x) {
-  return x;
-}
 
 // Two numbers in a register, the first in the low half.
 template <class T>
@@ -192,21 +149,11 @@ __device__ void load_chunk(const NF4& weight, int row, int column, bool inside, 
   }
 }
 
-template <class In>
-struct Type {
-  using type = In;
-};
-
 // Whether loads of 16 bytes may begin here.
 __host__ __device__ inline bool is_vector(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
 
 // Whether every row's chunks are loads of 16 bytes.
 inline bool is_aligned(const NF4& weight) { return weight.k % kChunk == 0 && is_vector(weight.packed); }
-
-template <class Kernel>
-cudaError_t allow_shared(Kernel kernel, size_t bytes) {
-  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
-}
 
 }  // namespace
 }  // namespace csikernels::cuda

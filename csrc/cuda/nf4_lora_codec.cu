@@ -137,20 +137,6 @@ __global__ void __launch_bounds__(kThreads, 4) dequantize_kernel(NF4 weight, int
   for (int i = 0; i < kDecodedTile; i += kThreads * kDecoded) decode(weight, first + i, count, own, out);
 }
 
-template <class Call>
-cudaError_t with_type(Scalar type, const Call& call) {
-  switch (type) {
-    case Scalar::float16:
-      return call(Type<__half>());
-    case Scalar::bfloat16:
-      return call(Type<__nv_bfloat16>());
-    case Scalar::float32:
-      return call(Type<float>());
-    default:
-      return call(Type<double>());
-  }
-}
-
 unsigned blocks_of(int64_t count, int64_t tile) { return static_cast<unsigned>((count + tile - 1) / tile); }
 
 }  // namespace

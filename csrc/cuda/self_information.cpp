@@ -23,19 +23,6 @@ namespace {
 
 using ValuesAndIndices = std::tuple<at::Tensor, at::Tensor>;
 
-Scalar scalar_of(const at::Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case at::kHalf:
-      return Scalar::float16;
-    case at::kBFloat16:
-      return Scalar::bfloat16;
-    case at::kFloat:
-      return Scalar::float32;
-    default:
-      return Scalar::float64;
-  }
-}
-
 // The neighbourhood as the kernels take it. Whatever is further away than the image is large is outside.
 Offsets offsets_of(at::IntArrayRef pairs, int64_t height, int64_t width) {
   Offsets offsets{};
@@ -70,7 +57,7 @@ Offsets offsets_of(at::IntArrayRef pairs, int64_t height, int64_t width) {
 
 Images images_of(const at::Tensor& h) {
   return {.data = read<void>(h),
-          .type = scalar_of(h),
+          .type = scalar_of(h.scalar_type()),
           .batch = static_cast<int>(h.size(0)),
           .channels = static_cast<int>(h.size(1)),
           .height = static_cast<int>(h.size(2)),
@@ -159,7 +146,7 @@ ValuesAndIndices top_m_cuda(const at::Tensor& score, int64_t m, const std::optio
   Selection out(source.value_or(score), batch, m);
   if (batch == 0) return {out.values, out.indices};
   uint64_t* const spilled = out.spill(batch, n, score.scalar_type() == at::kDouble);
-  check_launch(top_m(read<void>(scores), scalar_of(scores), static_cast<int>(batch), static_cast<int>(n),
+  check_launch(top_m(read<void>(scores), scalar_of(scores.scalar_type()), static_cast<int>(batch), static_cast<int>(n),
                      static_cast<int>(m), out.codeword, spilled, launch.stream()),
                "top_m");
   return {out.values, out.indices};

@@ -194,30 +194,6 @@ int shared_limit(int device) {
   return bytes;
 }
 
-template <class In>
-struct Type {
-  using type = In;
-};
-
-template <class Call>
-cudaError_t with_type(Scalar type, const Call& call) {
-  switch (type) {
-    case Scalar::float16:
-      return call(Type<__half>());
-    case Scalar::bfloat16:
-      return call(Type<__nv_bfloat16>());
-    case Scalar::float32:
-      return call(Type<float>());
-    default:
-      return call(Type<double>());
-  }
-}
-
-template <class Kernel>
-cudaError_t allow_shared(Kernel kernel, size_t bytes) {
-  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
-}
-
 // The constant of the information, without the neighbour sum.
 double constant_bits(const Offsets& offsets, double bandwidth) {
   return std::log2(static_cast<double>(offsets.count)) + std::log2(std::sqrt(2 * M_PI)) + std::log2(bandwidth);
