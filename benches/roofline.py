@@ -183,12 +183,8 @@ def registers() -> dict[str, int]:
         command = ["nvcc", *simulator.NVCC_FLAGS, *flags, str(source)]
         report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
         for kernel, used in re.findall(r"entry function '(\w+)'.*?Used (\d+) registers", report, re.DOTALL):
-            found[_unhashed(kernel)] = int(used)
+            found[simulator.unhashed(kernel)] = int(used)
     return found
-
-
-def _unhashed(kernel: str) -> str:
-    return re.sub(r"_GLOBAL__N__[0-9a-f]{8}_", "_GLOBAL__N__", kernel)
 
 
 def _short(kernel: str) -> str:
@@ -217,7 +213,7 @@ def rows() -> list[list[str]]:
         for launch in launches:
             threads = launch["block"][0] * launch["block"][1] * launch["block"][2]
             shared = launch["static_shared"] + launch["dynamic_shared"]
-            count = used[_unhashed(launch["kernel"])]
+            count = used[simulator.unhashed(launch["kernel"])]
             resident = blocks_resident(threads, count, shared)
             kernels.append(
                 f"`{_short(launch['kernel'])}`: {count} registers, {shared / 1024:.1f} KiB, "

@@ -36,11 +36,6 @@ def launch_bounds(source: Path) -> dict[str, tuple[int, int]]:
     return bounds
 
 
-def unhashed(kernel: str) -> str:
-    """The kernel's name without the hash of its file, which nvcc derives anew at each call."""
-    return re.sub(r"_GLOBAL__N__[0-9a-f]{8}_", "_GLOBAL__N__", kernel)
-
-
 @pytest.mark.parametrize("source", simulator.kernel_sources(), ids=lambda path: path.stem)
 def test_kernels_neither_spill_nor_exceed_their_registers(source, tmp_path):
     targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHS]
@@ -56,7 +51,7 @@ def test_kernels_neither_spill_nor_exceed_their_registers(source, tmp_path):
     ]
     done = subprocess.run(["nvcc", *flags, str(source)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    bounds = {unhashed(name): bound for name, bound in launch_bounds(source).items()}
+    bounds = {simulator.unhashed(name): bound for name, bound in launch_bounds(source).items()}
     reports = re.findall(
         r"Compiling entry function '(\w+)' for '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
         r"(\d+) bytes spill loads.*?Used (\d+) registers",
@@ -66,7 +61,7 @@ def test_kernels_neither_spill_nor_exceed_their_registers(source, tmp_path):
     assert {arch for _, arch, *_ in reports} == {f"sm_{arch}" for arch in ARCHS}
     assert len(reports) == len(bounds) * len(ARCHS)
     for kernel, arch, stack, stored, loaded, registers in reports:
-        threads, blocks = bounds[unhashed(kernel)]
+        threads, blocks = bounds[simulator.unhashed(kernel)]
         where = f"{kernel} on {arch}"
         assert (stack, stored, loaded) == ("0", "0", "0"), f"{where}: stack {stack}, spills {stored} and {loaded} bytes"
         # A warp's registers are handed out in units of 256.
@@ -88,8 +83,8 @@ def test_a_barrier_taken_away_is_found(simulated, tmp_path, monkeypatch):
     source = simulator.SOURCES / "self_information_kernels.cu"
     # Its folder is searched before csrc. The kernels' names carry a hash, which differs between the two files.
     broken = simulator.ptxsim().Module(simulator.compile_ptx(source, extra=("-I", str(tmp_path))))
-    kernels = {unhashed(name): (broken, name) for name in broken.kernels()}
-    monkeypatch.setattr(simulated, "find", lambda kernel: kernels[unhashed(kernel)])
+    kernels = {simulator.unhashed(name): (broken, name) for name in broken.kernels()}
+    monkeypatch.setattr(simulated, "find", lambda kernel: kernels[simulator.unhashed(kernel)])
     with pytest.raises(simulator.ptxsim().PtxFault, match="race on shared memory"):
         csikernels.select_informative(random_image(1, 2, 8, 8), 5, bandwidth=0.5)
 

@@ -16,6 +16,7 @@ import ctypes
 import functools
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -128,6 +129,11 @@ def _headers() -> str:
 def kernel_sources() -> list[Path]:
     """The ``.cu`` files that hold kernels."""
     return [path for path in sorted(SOURCES.glob("*.cu")) if "__global__" in path.read_text()]
+
+
+def unhashed(kernel: str) -> str:
+    """The kernel's name without the hash of its file, which nvcc derives anew at each call."""
+    return re.sub(r"_GLOBAL__N__[0-9a-f]{8}_", "_GLOBAL__N__", kernel)
 
 
 def compile_ptx(source: Path, extra: tuple[str, ...] = ()) -> str:
