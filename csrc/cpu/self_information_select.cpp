@@ -9,6 +9,8 @@
 #include <numeric>
 #include <type_traits>
 
+#include "neighbourhood.h"
+
 namespace csikernels::cpu {
 namespace {
 
@@ -68,18 +70,10 @@ Neighbourhood::Neighbourhood(int64_t channels, int64_t height, int64_t width, do
             .origin = 0,
             .size = 0,
             .inside = nullptr};
-  // Whatever is further away than the array is wide is outside; no more padding than that is needed.
-  std::vector<std::pair<int64_t, int64_t>> pairs;
-  for (size_t k = 0; k < offsets.size(); k += 2) {
-    const int64_t row = std::clamp(offsets[k], -height, height), column = std::clamp(offsets[k + 1], -width, width);
-    if (offsets[k] == 0 && offsets[k + 1] == 0) {
-      ++centres;
-      continue;
-    }
-    pairs.emplace_back(row, column);
-    layout.pad_rows = std::max(layout.pad_rows, std::abs(row));
-    layout.pad_columns = std::max(layout.pad_columns, std::abs(column));
-  }
+  const Neighbours neighbours = neighbours_of(offsets, height, width);
+  centres = neighbours.centres;
+  layout.pad_rows = neighbours.rows;
+  layout.pad_columns = neighbours.columns;
   layout.stride = width + layout.pad_columns;
   layout.plane = (height + layout.pad_rows) * layout.stride;
   layout.origin = layout.pad_rows * layout.stride + layout.pad_columns;
@@ -87,16 +81,9 @@ Neighbourhood::Neighbourhood(int64_t channels, int64_t height, int64_t width, do
   inside = places_inside(layout);
   layout.inside = inside.data();
 
-  unsigned seen = 0;  // cells of the 3x3 grid
-  for (const auto& [row, column] : pairs) {
-    shifts.push_back(row * layout.stride + column);
-    const bool on_grid = std::abs(row) % std::max<int64_t>(1, layout.pad_rows) == 0 &&
-                         std::abs(column) % std::max<int64_t>(1, layout.pad_columns) == 0;
-    const int cell = 3 * ((row > 0) - (row < 0) + 1) + (column > 0) - (column < 0) + 1;
-    seen |= on_grid ? 1u << cell : 0;
-  }
+  for (const auto& [row, column] : neighbours.other) shifts.push_back(row * layout.stride + column);
   const int exponent = std::ilogb(b);
-  fast = pairs.size() == 8 && seen == 0b111101111 && std::abs(exponent) <= 100 && layout.numel() < INT32_MAX;
+  fast = neighbours.is_grid && std::abs(exponent) <= 100 && layout.numel() < INT32_MAX;
   scale = std::ldexp(1.0, -exponent);
   bandwidth = std::ldexp(b, -exponent);
   log2_norm = std::log2(static_cast<double>(count)) + 0.5 * std::log2(2 * std::numbers::pi) + std::log2(b);

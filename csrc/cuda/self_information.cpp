@@ -7,15 +7,13 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 
-#include <algorithm>
-#include <cmath>
-#include <cstdlib>
 #include <optional>
 #include <tuple>
 #include <vector>
 
 #include "cuda/launch.h"
 #include "dispatch.h"
+#include "neighbourhood.h"
 #include "self_information_check.h"
 
 namespace csikernels::cuda {
@@ -23,34 +21,19 @@ namespace {
 
 using ValuesAndIndices = std::tuple<at::Tensor, at::Tensor>;
 
-// The neighbourhood as the kernels take it. Whatever is further away than the image is large is outside.
+// The neighbourhood as the kernels take it.
 Offsets offsets_of(at::IntArrayRef pairs, int64_t height, int64_t width) {
+  const Neighbours neighbours = neighbours_of({pairs.data(), pairs.size()}, height, width);
   Offsets offsets{};
   offsets.count = static_cast<int>(pairs.size() / 2);
-  int64_t row_step = 0, column_step = 0;
-  for (size_t k = 0; k < pairs.size(); k += 2) {
-    if (pairs[k] == 0 && pairs[k + 1] == 0) {
-      ++offsets.centres;
-      continue;
-    }
-    const int64_t row = std::clamp(pairs[k], -height, height), column = std::clamp(pairs[k + 1], -width, width);
-    const int last = static_cast<int>(k / 2) - offsets.centres;
-    offsets.row[last] = static_cast<int>(row);
-    offsets.column[last] = static_cast<int>(column);
-    row_step = std::max(row_step, std::abs(row));
-    column_step = std::max(column_step, std::abs(column));
+  offsets.centres = static_cast<int>(neighbours.centres);
+  for (size_t k = 0; k < neighbours.other.size(); ++k) {
+    offsets.row[k] = static_cast<int>(neighbours.other[k].first);
+    offsets.column[k] = static_cast<int>(neighbours.other[k].second);
   }
-  unsigned seen = 0;  // cells of the 3x3 grid
-  const int neighbours = offsets.count - offsets.centres;
-  bool grid = neighbours == 8 && row_step > 0 && column_step > 0;
-  for (int k = 0; grid && k < neighbours; ++k) {
-    const int row = offsets.row[k], column = offsets.column[k];
-    grid = std::abs(row) % row_step == 0 && std::abs(column) % column_step == 0;
-    seen |= 1u << (3 * ((row > 0) - (row < 0) + 1) + (column > 0) - (column < 0) + 1);
-  }
-  if (grid && seen == 0b111101111) {
-    offsets.row_step = static_cast<int>(row_step);
-    offsets.column_step = static_cast<int>(column_step);
+  if (neighbours.is_grid) {
+    offsets.row_step = static_cast<int>(neighbours.rows);
+    offsets.column_step = static_cast<int>(neighbours.columns);
   }
   return offsets;
 }
