@@ -7,6 +7,7 @@ import re
 
 import pytest
 import torch
+from on_reference import reference
 from test_nf4_lora import dense, gaussian, layer
 from test_nf4_lora_kernels import sizes
 from torch.nn import functional as F
@@ -17,11 +18,6 @@ from csikernels import NF4LoRALinear, NF4Weight, nf4_lora_linear, nf4_quantize
 pytestmark = pytest.mark.gpu("cuda")
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 HALVES = [torch.float16, torch.bfloat16]
-
-
-def reference(function, *args, **kwargs):
-    with csikernels.use_backend("reference"):
-        return function(*args, **kwargs)
 
 
 def layer_on(device, n, k, rank, dtype=torch.float32, block_size=64):

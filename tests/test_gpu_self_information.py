@@ -6,18 +6,13 @@ import math
 
 import pytest
 import torch
+from on_reference import reference
 from test_self_information import check_selection, expected_information, grid, random_image
 
-import csikernels
 from csikernels import scatter_codeword, select_informative, self_information, top_m
 
 pytestmark = pytest.mark.gpu("cuda")
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
-
-
-def reference(function, *args, **kwargs):
-    with csikernels.use_backend("reference"):
-        return function(*args, **kwargs)
 
 
 # Information ----------------------------------------------------------------------------------------------------------
