@@ -7,6 +7,8 @@
 
 #include <algorithm>
 #include <array>
+#include <cstddef>
+#include <cstdint>
 #include <mutex>
 #include <utility>
 
@@ -25,10 +27,16 @@ void release(Block block) {
   if (block.data != nullptr) munmap(block.data, block.bytes);
 }
 
+// On a huge page's boundary, or the block's two ends would lie on small pages. `bytes` is a multiple of kHugePage.
 Block allocate(size_t bytes) {
-  void* data = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  TORCH_CHECK_WITH(OutOfMemoryError, data != MAP_FAILED, "csikernels: cannot allocate ", bytes,
-                   " bytes for the activations of a training step; use smaller batches");
+  void* const mapped = mmap(nullptr, bytes + kHugePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  TORCH_CHECK_WITH(OutOfMemoryError, mapped != MAP_FAILED, "csikernels: cannot allocate ", bytes,
+                   " bytes for intermediate values; use smaller batches");
+  auto* const begin = static_cast<std::byte*>(mapped);
+  const size_t before = kHugePage - reinterpret_cast<uintptr_t>(begin) % kHugePage;  // never 0: one munmap each
+  munmap(begin, before);
+  std::byte* const data = begin + before;
+  if (before < kHugePage) munmap(data + bytes, kHugePage - before);
 #ifdef MADV_HUGEPAGE
   madvise(data, bytes, MADV_HUGEPAGE);
 #endif

@@ -11,6 +11,7 @@
 #include <atomic>
 #include <thread>
 
+#include "cpu/activation_memory.h"
 #include "cpu/nf4_lora.h"
 #include "cpu/parallel.h"
 #include "nf4_lora_check.h"
@@ -21,8 +22,8 @@ namespace {
 constexpr int64_t kFewWorkPerThread = 1 << 18;  // weights times tokens that one thread does in a few microseconds
 // Steps of 4 bytes of a panel. The sums are written and read again for every panel, so that a few long ones are better
 // than many that leave three groups of tokens in L1: L2 brings the 3 vectors of a step's 24 products in time.
-constexpr int64_t kBlockUnits = 512;
-constexpr int64_t kPanelRows = 64;    // times kBlockUnits: 128 KB of L2
+constexpr int64_t kBlockUnits = 1024;
+constexpr int64_t kPanelRows = 64;    // times kBlockUnits: 256 KB of L2
 constexpr int64_t kRowPadding = 16;   // units, so that the rows of a panel do not share cache sets
 constexpr int64_t kChunkGroups = 32;  // of tokens, whose sums for one panel fit L2
 
@@ -136,7 +137,9 @@ void multiply_tokens_by_rows(const Operands& o) {
 struct PackedTokens {
   bool wide;
   int64_t per_group, groups, x_steps, t_steps;  // steps of 4 bytes
-  Scratch<float> x, t;
+  const at::Tensor memory;                      // every panel walks through all of x: huge pages
+  float* const x;
+  Scratch<float> t;
 
   PackedTokens(const Layer& layer, int64_t tokens, int64_t k, int64_t rank)
       : wide(layer.wide && tokens <= layer.lanes),
@@ -144,7 +147,8 @@ struct PackedTokens {
         groups(ceil_div(tokens, per_group)),
         x_steps(round_up(k, layer.panel_multiple) / layer.step),
         t_steps(rank / layer.step),
-        x(groups * vector_units(layer, x_steps)),
+        memory(activation_memory({groups * vector_units(layer, x_steps)}, at::kFloat)),
+        x(memory.mutable_data_ptr<float>()),
         t(groups * vector_units(layer, t_steps)) {}
 
   // A wide step is twice as long and has half the tokens.
@@ -163,7 +167,7 @@ void pack_tokens(const Operands& o, const PackedTokens& packed) {
       const int64_t first = group * packed.per_group, here = std::min(packed.per_group, o.tokens - first);
       const char* x = o.x + first * k * bytes;
       layer.pack_for_panel(x, k * bytes, here, k * bytes, packed.x_steps, packed.wide,
-                           packed.x.get() + group * packed.vector_units(layer, packed.x_steps));
+                           packed.x + group * packed.vector_units(layer, packed.x_steps));
       if (o.rank == 0) continue;
       layer.inner(x, here, k, o.lora_a, o.rank, o.scaling, t.get());
       layer.finish(t.get(), nullptr, here * o.rank, narrow.get());
@@ -192,7 +196,7 @@ void multiply_panel(const Operands& o, const PackedTokens& packed, int64_t begin
       const int64_t first = step * layer.step, columns = std::min(block * layer.step, k - first);
       const int64_t steps = std::min(block, packed.x_steps - step);
       layer.panel(o.weight, begin, end - begin, first, columns, panel, row_units);
-      layer.multiply({panel, row_units, unit, packed.x.get() + group * x_units + step * lanes / unit, x_units, lanes, c,
+      layer.multiply({panel, row_units, unit, packed.x + group * x_units + step * lanes / unit, x_units, lanes, c,
                       c_row, lanes, end - begin, groups, steps / unit, accumulate, packed.wide});
       accumulate = true;
     }
@@ -209,12 +213,10 @@ void multiply_many_tokens(const Operands& o) {
   // Whole panels where each thread gets some, thinner ones otherwise: a row's sum does not depend on its panel.
   const int64_t share = round_up(ceil_div(o.weight.n, at::get_num_threads()), 8);
   const int64_t rows = std::min(kPanelRows, share);
-  at::parallel_for(0, ceil_div(o.weight.n, rows), 1, [&](int64_t begin, int64_t end) {
+  parallel_pieces(o.weight.n, rows, at::get_num_threads(), [&](Pieces& panels) {
     const Scratch<float> panel(rows * (kBlockUnits + kRowPadding));
     const Scratch<float> c(rows * std::min(packed.groups, kChunkGroups) * o.layer.lanes);
-    for (int64_t i = begin; i < end; ++i) {
-      multiply_panel(o, packed, i * rows, std::min((i + 1) * rows, o.weight.n), panel.get(), c.get());
-    }
+    for (int64_t begin, end; panels.next(begin, end);) multiply_panel(o, packed, begin, end, panel.get(), c.get());
   });
 }
 
