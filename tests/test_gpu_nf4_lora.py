@@ -15,7 +15,7 @@ from torch.nn import functional as F
 import csikernels
 from csikernels import NF4LoRALinear, NF4Weight, nf4_lora_linear, nf4_quantize
 
-pytestmark = pytest.mark.gpu("cuda")
+pytestmark = pytest.mark.gpu("cuda", "triton")
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 HALVES = [torch.float16, torch.bfloat16]
 

@@ -8,8 +8,9 @@ import torch
 
 from csikernels import _dispatch
 from csikernels._arrays import accepts_arrays
-from csikernels.ops.nf4_lora_weight import DTYPES, NF4Weight, check_block_size
+from csikernels.ops.nf4_lora_weight import DTYPES, NF4Weight
 from csikernels.reference import nf4_lora as reference
+from csikernels.reference.nf4_lora import check_block_size
 
 QUANTIZE = _dispatch.define("nf4_quantize(Tensor weight, int block_size) -> (Tensor packed, Tensor absmax)")
 DEQUANTIZE = _dispatch.define(

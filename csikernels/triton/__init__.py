@@ -19,6 +19,10 @@ KERNELS = {
     "lasco_forward": "lasco",
     "lasco_training_forward": "lasco",
     "lasco_backward": "lasco_backward",
+    "nf4_quantize": "nf4_lora_codec",
+    "nf4_dequantize": "nf4_lora_codec",
+    "nf4_lora_linear": "nf4_lora",
+    "nf4_lora_linear_backward": "nf4_lora",
     "transformer_forward": "transformer",
 }
 
