@@ -88,10 +88,10 @@ def _product_kernel(
         at = first + tl.arange(0, STEP)
         x = load_tile(left, row, rows, at, end, reduction)
         if BACKWARD:
-            w = weight_tile(levels, packed, absmax, at, first_output, n, k, row_bytes, shift, STEP, OUTPUTS, GROUP)
+            w = weight_tile(levels, packed, absmax, first, first_output, n, k, row_bytes, shift, STEP, OUTPUTS, GROUP)
             total = product(x, rounded(w, TYPE), total)
         else:
-            w = weight_tile(levels, packed, absmax, output, first, n, k, row_bytes, shift, OUTPUTS, STEP, GROUP)
+            w = weight_tile(levels, packed, absmax, first_output, first, n, k, row_bytes, shift, OUTPUTS, STEP, GROUP)
             total = product(x, tl.trans(rounded(w, TYPE)), total)
             if FUSED:
                 a = rounded(load_tile(lora_a, j, rank, at, end, k).to(tl.float32), TYPE)
@@ -133,17 +133,26 @@ def _sum_kernel(
 # Launches -------------------------------------------------------------------------------------------------------------
 
 
-HALF = [
-    triton.Config({"OUTPUTS": 128, "STEP": 64}, num_warps=8, num_stages=3),
-    triton.Config({"OUTPUTS": 128, "STEP": 64}, num_warps=4, num_stages=3),
-    triton.Config({"OUTPUTS": 64, "STEP": 128}, num_warps=4, num_stages=3),
-]
-SINGLE = [
-    triton.Config({"OUTPUTS": 64, "STEP": 32}, num_warps=8, num_stages=2),
-]
+def _config(outputs: int, step: int, warps: int, stages: int) -> triton.Config:
+    return triton.Config({"OUTPUTS": outputs, "STEP": step}, num_warps=warps, num_stages=stages)
+
+
+# By whether there are few rows, of float32, of a weight whose rows are no multiple of 32 long: all that fits in
+# registers on sm_80 to sm_100, and in the 99 KB of shared memory of sm_86. Few rows: several programs of four warps on
+# a multiprocessor keep more codes in flight. Float32: a thread holds a step of its rows and outputs, so that steps are
+# short. Odd rows: an address for each code and scale, so that tiles are small.
+CONFIGS = {
+    (True, False, False): [_config(64, 64, 4, 4), _config(128, 64, 4, 3)],
+    (False, False, False): [_config(128, 64, 8, 3), _config(64, 128, 8, 2), _config(64, 64, 4, 3)],
+    (True, True, False): [_config(64, 32, 8, 3), _config(64, 16, 4, 3)],
+    (False, True, False): [_config(32, 32, 8, 2), _config(64, 16, 8, 2)],
+    (True, False, True): [_config(64, 32, 4, 3)],
+    (False, False, True): [_config(64, 64, 8, 1)],
+    (True, True, True): [_config(64, 16, 4, 2)],
+    (False, True, True): [_config(32, 32, 8, 1)],
+}
 _KEY = ["n", "k", "ROWS", "BACKWARD", "GROUP", "FUSED"]
-_half_kernel = tuned(HALF, _KEY)(_product_kernel)
-_single_kernel = tuned(SINGLE, _KEY)(_product_kernel)
+_KERNELS = {kind: tuned(configs, _KEY)(_product_kernel) for kind, configs in CONFIGS.items()}
 
 
 def tile_rows(rows: int, dtype: torch.dtype) -> int:
@@ -186,7 +195,8 @@ def _product(
     out = left.new_empty((rows, outputs))
     sums = out if parts == 1 else left.new_empty((parts, rows, outputs), dtype=torch.float32)
     fused = max(_FEW, triton.next_power_of_2(rank)) if lora_a is not None else 0
-    kernel = _single_kernel if left.dtype == torch.float32 else _half_kernel
+    group = shared_scale(k, block_size)
+    kernel = _KERNELS[rows <= _FEW, left.dtype == torch.float32, group == 0]
 
     def grid(meta):
         return triton.cdiv(rows, meta["ROWS"]) * triton.cdiv(outputs, meta["OUTPUTS"]), parts
@@ -195,7 +205,7 @@ def _product(
         kernel[grid](
             left, packed, absmax, left if lora_a is None else lora_a, left if inner is None else inner, right,
             left if bias is None else bias, sums, rows, n, k, k // 2, block_size.bit_length() - 1, rank, scaling, span,
-            ROWS=tall, BACKWARD=backward, GROUP=shared_scale(k, block_size), FUSED=fused, BIAS=bias is not None,
+            ROWS=tall, BACKWARD=backward, GROUP=group, FUSED=fused, BIAS=bias is not None,
             enable_fp_fusion=True,
         )  # fmt: skip
         if parts > 1:
@@ -242,9 +252,7 @@ def nf4_lora_linear_backward(grad, x, packed, absmax, block_size, lora_a, lora_b
     n, k, rank = lora_b.shape[0], x.shape[-1], lora_a.shape[0]
     check_gradient(grad, x, n)
     if _is_wide(grad, x, lora_a, lora_b) or not has_kernel_for(n, k, rank):
-        return in_pytorch.linear_backward(
-            grad, x, packed, absmax, block_size, lora_a, lora_b, scaling, output_mask
-        )
+        return in_pytorch.linear_backward(grad, x, packed, absmax, block_size, lora_a, lora_b, scaling, output_mask)
     tokens = x.numel() // k
     g, rows = grad.reshape(tokens, n), x.reshape(tokens, k)
     # Gradients are those of float32 products unless all that goes into one is of the same half precision.

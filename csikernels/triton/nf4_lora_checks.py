@@ -23,14 +23,13 @@ def check_weight(weight: Tensor, block_size: int) -> None:
     check_block_size(block_size)
 
 
-def check_dequantize(
-    packed: Tensor, absmax: Tensor, shape: Sequence[int], block_size: int, dtype: torch.dtype
-) -> None:
+def check_dequantize(packed: Tensor, absmax: Tensor, shape: Sequence[int], block_size: int, dtype: torch.dtype) -> None:
     if len(shape) != 2:
         raise ValueError(f"shape: expected [N, K], got {list(shape)}")
     if not _is_floating(dtype):
         raise TypeError(f"dtype: expected float16, bfloat16, float32 or float64, got {_name(dtype)}")
-    _check_nf4(packed, absmax, *shape, block_size)
+    n, k = shape
+    _check_nf4(packed, absmax, n, k, block_size)
     _check_device(absmax, "absmax", packed.device)
 
 
@@ -81,9 +80,7 @@ def _check_nf4(packed: Tensor, absmax: Tensor, n: int, k: int, block_size: int) 
         ("absmax", absmax, -(-count // block_size), "scales"),
     ):
         if tensor.numel() != wanted or not tensor.is_contiguous():
-            raise ValueError(
-                f"{name}: expected a contiguous tensor of {wanted} {of}, got shape {list(tensor.shape)}"
-            )
+            raise ValueError(f"{name}: expected a contiguous tensor of {wanted} {of}, got shape {list(tensor.shape)}")
 
 
 def _check_floating(tensor: Tensor, name: str) -> None:

@@ -47,12 +47,12 @@ def level_table():
 
 
 @triton.jit
-def rounded(x, TYPE: tl.constexpr):
+def rounded(x, dtype: tl.constexpr):
     """A float32 tile as an operand or output of this type."""
-    if TYPE == tl.float16:
-        return x.to(tl.float16)
+    if dtype == tl.bfloat16:
+        return operand(x, True)
     else:
-        return operand(x, TYPE == tl.bfloat16)
+        return x.to(dtype)
 
 
 @triton.jit
@@ -67,8 +67,8 @@ def weight_tile(
     levels,  # of level_table
     packed,  # uint8 [ceil(n k / 2)]
     absmax,  # float32 [ceil(n k / 2^shift)]
-    row,  # int32 [ROWS]
-    first,  # first column, a multiple of GROUP
+    first_row,
+    first,  # column, a multiple of GROUP
     n,
     k,
     row_bytes,  # k / 2
@@ -78,28 +78,31 @@ def weight_tile(
     GROUP: tl.constexpr,  # elements from a multiple of it on that lie in one row and block: at least 32, or 0 for any k
 ):
     """Rows and columns of the weight [n, k] in float32 [ROWS, COLUMNS], 0 beyond its ends."""
-    inside = (row < n)[:, None]
-    start = row.to(tl.int64) * k + first
+    # Within a tile 32 bits count the elements: twice as many addresses fit in registers.
+    row = tl.arange(0, ROWS)[:, None]
+    inside = row < n - first_row
+    start = (tl.zeros([], tl.int64) + first_row) * k + first
+    block, in_block = start >> shift, (start & ((1 << shift) - 1)).to(tl.int32)
     if GROUP == 0:
-        column = tl.arange(0, COLUMNS)
-        here = inside & (column < k - first)[None, :]
-        at = start[:, None] + column[None, :]
-        byte = tl.load(packed + (at >> 1), mask=here, other=0).to(tl.int32)
-        code = tl.where(at % 2 == 0, byte >> 4, byte & 15)
-        scale = tl.load(absmax + (at >> shift), mask=here, other=0.0)
+        column = tl.arange(0, COLUMNS)[None, :]
+        here = inside & (column < k - first)
+        at = row * k + column
+        half = at + (start % 2).to(tl.int32)
+        byte = tl.load(packed + start // 2 + (half >> 1), mask=here, other=0).to(tl.int32)
+        code = tl.where(half % 2 == 0, byte >> 4, byte & 15)
+        scale = tl.load(absmax + block + ((in_block + at) >> shift), mask=here, other=0.0)
     else:
         # Triton does not see how even these halves are; told so, it loads 16 bytes at once.
         EVEN: tl.constexpr = 16 if COLUMNS >= 32 else COLUMNS // 2
-        first_byte, bytes = tl.multiple_of(first // 2, EVEN), tl.multiple_of((k - first) // 2, EVEN)
-        i = tl.arange(0, COLUMNS // 2)
-        at = row.to(tl.int64)[:, None] * row_bytes + first_byte + i[None, :]
-        byte = tl.load(packed + at, mask=inside & (i < bytes)[None, :], other=0)
+        first_byte, bytes = tl.multiple_of(start // 2, EVEN), tl.multiple_of((k - first) // 2, EVEN)
+        i = tl.arange(0, COLUMNS // 2)[None, :]
+        byte = tl.load(packed + first_byte + (row * row_bytes + i), mask=inside & (i < bytes), other=0)
         code = _both_codes(byte, ROWS, COLUMNS)
         SHARING: tl.constexpr = GROUP if GROUP < COLUMNS else COLUMNS
         GROUPS: tl.constexpr = COLUMNS // SHARING
-        group = tl.arange(0, GROUPS) * SHARING
-        block = (start[:, None] + group[None, :]) >> shift
-        scale = tl.load(absmax + block, mask=inside & (group < k - first)[None, :], other=0.0)
+        group = tl.arange(0, GROUPS)[None, :] * SHARING
+        at = (in_block + row * k + group) >> shift
+        scale = tl.load(absmax + block + at, mask=inside & (group < k - first), other=0.0)
         scale = tl.reshape(tl.broadcast_to(scale[:, :, None], [ROWS, GROUPS, SHARING]), [ROWS, COLUMNS])
     level = tl.gather(levels, tl.reshape(code, [ROWS * COLUMNS]), 0)
     return tl.reshape(level, [ROWS, COLUMNS]) * scale
