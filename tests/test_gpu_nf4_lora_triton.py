@@ -1,4 +1,4 @@
-"""The NF4 kernels in Triton compiled for GPUs that are not here: no spills, and tensor cores for half precision."""
+"""The NF4 kernels in Triton: every tile, and what each becomes on GPUs that are not here: no spills, tensor cores."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ import json
 import sys
 
 import pytest
+import torch
+from test_gpu_nf4_lora import layer_on, wanted_output
+from test_nf4_lora import gaussian
+
+from csikernels import nf4_lora_linear
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 ARCHITECTURES = [80, 90, 100]
@@ -65,6 +70,30 @@ def check(kernel: dict) -> None:
 
 def tensor_products(kernel: dict) -> int:
     return sum(kernel["instructions"].get(name, 0) for name in ("HMMA", "HGMMA", "UTCHMMA"))
+
+
+@pytest.mark.gpu("triton")
+@pytest.mark.parametrize("odd", [False, True])
+@pytest.mark.parametrize("single", [False, True])
+@pytest.mark.parametrize("few", [False, True])
+def test_every_tile_gives_the_layer_and_its_gradient(device, monkeypatch, few, single, odd):
+    from csikernels.triton import nf4_lora
+
+    kind, n, k, rows = (few, single, odd), 35, 33 if odd else 96, 5 if few else 20
+    dtype = torch.float32 if single else torch.bfloat16
+    weight, lora_a, lora_b = layer_on(device, n, k, 3, dtype)
+    x, upstream = gaussian(rows, k, dtype=dtype).to(device), gaussian(rows, n, dtype=dtype, seed=5).to(device)
+    x.requires_grad_()
+    wanted = wanted_output(x, weight, lora_a, lora_b)
+    (right,) = torch.autograd.grad(wanted, x, upstream.double())
+    eps = 4e-7 if single else torch.finfo(dtype).eps
+    for config in nf4_lora.CONFIGS[kind]:
+        kernel = nf4_lora.tuned([config], nf4_lora._KEY)(nf4_lora._product_kernel)
+        monkeypatch.setitem(nf4_lora._KERNELS, kind, kernel)
+        result = nf4_lora_linear(x, weight, lora_a, lora_b)
+        (grad,) = torch.autograd.grad(result, x, upstream)
+        assert (result - wanted).norm() <= eps * wanted.norm()
+        assert (grad - right).norm() <= eps * right.norm()
 
 
 def test_a_bfloat16_product_compiles_for_an_h100(run_python):

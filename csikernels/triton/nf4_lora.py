@@ -34,6 +34,7 @@ from torch import Tensor
 
 from csikernels._dispatch import implement
 from csikernels.reference import nf4_lora as in_pytorch
+from csikernels.triton import interpreted
 from csikernels.triton.lasco_block import load_tile, product, store_tile
 from csikernels.triton.launch import on, tuned
 from csikernels.triton.nf4_lora_checks import check_gradient, check_layer, has_kernel_for
@@ -151,8 +152,11 @@ CONFIGS = {
     (True, True, True): [_config(64, 16, 4, 2)],
     (False, True, True): [_config(32, 32, 8, 1)],
 }
+_INTERPRETED = [_config(64, 128, 4, 1)]  # the interpreter takes about as long for a small tile as for a large one
 _KEY = ["n", "k", "ROWS", "BACKWARD", "GROUP", "FUSED"]
-_KERNELS = {kind: tuned(configs, _KEY)(_product_kernel) for kind, configs in CONFIGS.items()}
+_KERNELS = {
+    kind: tuned(_INTERPRETED if interpreted() else configs, _KEY)(_product_kernel) for kind, configs in CONFIGS.items()
+}
 
 
 def tile_rows(rows: int, dtype: torch.dtype) -> int:
