@@ -15,7 +15,7 @@ from torch.nn import functional as F
 import csikernels
 from csikernels import NF4LoRALinear, NF4Weight, nf4_lora_linear, nf4_quantize
 
-pytestmark = pytest.mark.gpu("cuda")
+pytestmark = pytest.mark.gpu("cuda", "triton")
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 HALVES = [torch.float16, torch.bfloat16]
 
@@ -157,20 +157,22 @@ def test_any_size_and_its_gradients(device, seed):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [20, 65])
-def test_a_reduction_cut_in_parts(device, dtype, rows):
-    # One tile of outputs and 16 steps: cut for either direction on any GPU.
-    weight, lora_a, lora_b = layer_on(device, 100, 1024, 5, dtype)
-    x = gaussian(rows, 1024, dtype=dtype).to(device).requires_grad_()
-    bias = gaussian(100, seed=4).to(device)
+@pytest.mark.parametrize(("n", "k"), [(100, 512), (512, 100)])
+def test_a_reduction_cut_in_parts(device, dtype, rows, n, k):
+    # One or two tiles of outputs and 8 steps: cut on any GPU, forward for one of the shapes, backward for the other.
+    weight, lora_a, lora_b = layer_on(device, n, k, 5, dtype)
+    x = gaussian(rows, k, dtype=dtype).to(device).requires_grad_()
+    bias = gaussian(n, seed=4).to(device)
     results = [nf4_lora_linear(x, weight, lora_a, lora_b, scaling=3.0, bias=bias) for _ in range(2)]
     assert torch.equal(*results)
     wanted = wanted_output(x, weight, lora_a, lora_b, 3.0, bias)
     eps = 4e-7 if dtype == torch.float32 else torch.finfo(dtype).eps
     assert (results[0] - wanted).norm() <= eps * wanted.norm()
-    upstream = gaussian(rows, 100, dtype=dtype, seed=5).to(device)
-    (grad,) = torch.autograd.grad(results[0], x, upstream)
+    upstream = gaussian(rows, n, dtype=dtype, seed=5).to(device)
+    grads = [torch.autograd.grad(result, x, upstream)[0] for result in results]
+    assert torch.equal(*grads)
     (right,) = torch.autograd.grad(wanted, x, upstream.double())
-    assert (grad - right).norm() <= eps * right.norm()
+    assert (grads[0] - right).norm() <= eps * right.norm()
 
 
 @pytest.mark.parametrize("wanted", [("x",), ("a",), ("b",), ("bias",), ("x", "bias"), ("a", "b")])
@@ -294,6 +296,21 @@ def test_outputs_share_no_memory_with_inputs(device):
     outputs = [nf4_lora_linear(x, weight, lora_a, lora_b), weight.dequantize(), weight.dequantize()]
     tensors = [x, weight.packed, weight.absmax, lora_a, lora_b, *outputs]
     assert len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == 8
+
+
+@pytest.mark.gpu("triton")
+def test_opcheck(device, opcheck):
+    weight, lora_a, lora_b = layer_on(device, 6, 40, 2)
+    codes = (weight.packed, weight.absmax)
+    opcheck("nf4_quantize", (gaussian(3, 43).to(device), 32))
+    opcheck("nf4_dequantize", (*codes, [6, 40], 64, torch.bfloat16))
+    x, bias = gaussian(2, 3, 40, seed=9).to(device), gaussian(6, seed=10).to(device)
+    leaves = [tensor.clone().requires_grad_() for tensor in (x, lora_a, lora_b, bias)]
+    opcheck("nf4_lora_linear", (leaves[0], *codes, 64, *leaves[1:3], 0.5, leaves[3]))
+    opcheck("nf4_lora_linear", (x.bfloat16(), *codes, 64, lora_a, lora_b, 0.5, None))
+    grad = gaussian(2, 3, 6, seed=11).to(device)
+    for mask in ([True] * 4, [False, True, False, False]):
+        opcheck("nf4_lora_linear_backward", (grad, x, *codes, 64, lora_a, lora_b, 0.5, mask))
 
 
 # Errors ---------------------------------------------------------------------------------------------------------------

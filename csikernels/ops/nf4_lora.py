@@ -8,8 +8,9 @@ import torch
 
 from csikernels import _dispatch
 from csikernels._arrays import accepts_arrays
-from csikernels.ops.nf4_lora_weight import DTYPES, NF4Weight, check_block_size
+from csikernels.ops.nf4_lora_weight import DTYPES, NF4Weight
 from csikernels.reference import nf4_lora as reference
+from csikernels.reference.nf4_lora import check_block_size
 
 QUANTIZE = _dispatch.define("nf4_quantize(Tensor weight, int block_size) -> (Tensor packed, Tensor absmax)")
 DEQUANTIZE = _dispatch.define(
@@ -117,8 +118,9 @@ _register_autocast("cuda", "AutocastCUDA")
 def nf4_quantize(weight, block_size: int = 64) -> NF4Weight:
     """Quantise a weight to NF4 blocks, bit-identical to bitsandbytes' (``quant_type="nf4"``, no nested statistics).
 
-    On a GPU the default backend is ``cuda``. It waits for the result, to name an element that is not finite, so it
-    cannot be captured in a CUDA graph; :func:`nf4_lora_linear`, its gradients and ``dequantize`` can.
+    On a GPU the default backend is ``cuda`` where it is built, else ``triton``. Both wait for the result, to name an
+    element that is not finite, so this cannot be captured in a CUDA graph; :func:`nf4_lora_linear`, its gradients and
+    ``dequantize`` can (in Triton once a call of the same kind has compiled and tuned the kernel).
 
     Args:
         weight: float16, bfloat16, float32 or float64 [N, K]; tensor or array. float64 is rounded to float32 first.
@@ -145,12 +147,18 @@ def nf4_lora_linear(x, weight: NF4Weight, lora_a, lora_b, *, scaling: float = 1.
     arguments is float64, in float64 by torch. Gradients flow to ``x``, ``lora_a``, ``lora_b`` and ``bias``, in float32
     or wider; the 4-bit weight is constant. Under autocast ``x`` is cast as for ``F.linear``.
 
-    On a GPU of compute capability 8.0 or later the default backend is ``cuda``: float32 by fused multiply-adds, never
-    TF32; a bfloat16 or float16 ``x`` on tensor cores with float32 sums, the weight's elements rounded to that dtype
-    once, and beyond 16 tokens the adapter and ``x A^T`` too. There, gradients of ``x`` are products in its dtype, and
-    those of the adapter too where it has that dtype, else in float32. Products of the adapter alone are cuBLAS's
-    beyond 16 tokens and in gradients, so that torch's settings for TF32 hold for them. float64, and sizes of more than
-    8 million rows or columns, take the reference.
+    On a GPU of compute capability 8.0 or later the default backend is ``cuda`` where it is built, else ``triton``, on
+    every architecture: float32 by fused multiply-adds, never TF32; a bfloat16 or float16 ``x`` on tensor cores with
+    float32 sums, the weight's elements rounded to that dtype once. The adapter and ``x A^T`` are rounded to it too: in
+    ``triton`` always, in ``cuda`` beyond 16 tokens. Gradients of ``x`` are products in its dtype, and those of the
+    adapter too where it has that dtype, else in float32. Products of the adapter alone are cuBLAS's in gradients, and
+    beyond 16 tokens (``cuda``) or a rank of 32 (``triton``), so that torch's settings for TF32 hold for them. float64,
+    and sizes of more than 8 million rows or columns, take the reference.
+
+    Neither backend has run on a GPU yet; the order rests on their machine code. Up to 16 tokens ``cuda`` multiplies
+    what it decodes from registers, while ``triton`` passes it through shared memory once more. Beyond, ``cuda`` has
+    Ampere's instructions, which reach about 60 % of an H100's tensor cores, while ``triton`` compiles to those of
+    sm_90 (HGMMA) and sm_100 (tcgen05): with some hundred bfloat16 tokens on these, try ``use_backend("triton")``.
 
     Args:
         x: float16, bfloat16, float32 or float64 [..., K].

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+from csikernels.reference.nf4_lora import check_block_size
+
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # the position is the code on disk
 _FORMAT = 1
 _PAIR = 32  # bitsandbytes' CPU layout: nibbles of rows n and n + 32 of one 64-long run share a byte
@@ -120,12 +121,6 @@ class NF4Weight:
         # clone(): bitsandbytes may rewrite its own tensors at the next call.
         flat = absmax.reshape(-1).to(torch.float32, copy=True)
         return cls(codes.reshape(-1).clone(), flat, quant_state.shape, quant_state.blocksize, dtype)
-
-
-def check_block_size(block_size: int) -> None:
-    """Raise ``ValueError`` unless ``block_size`` is one that bitsandbytes has."""
-    if block_size not in BLOCK_SIZES:
-        raise ValueError(f"block_size: expected one of {', '.join(map(str, BLOCK_SIZES))}, got {block_size}")
 
 
 def _check_part(name: str, value, dtype: torch.dtype, count: int) -> None:

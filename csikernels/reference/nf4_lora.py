@@ -32,7 +32,8 @@ LEVELS = (
     0.7229568362236023,
     1.0,
 )
-_SMALLEST = 1e-38  # bitsandbytes' guard against division by zero
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+SMALLEST = 1e-38  # bitsandbytes' guard against division by zero
 _SLAB = 2**22  # elements quantised at once; a multiple of every block size
 
 
@@ -55,7 +56,7 @@ def quantize(weight: torch.Tensor, block_size: int) -> tuple[torch.Tensor, torch
         slab = flat[start : start + _SLAB].to(torch.float32)
         finite = slab.isfinite()
         if not bool(finite.all()):
-            _refuse(weight, start + int((~finite).nonzero()[0]))
+            refuse(weight, start + int((~finite).nonzero()[0]))
         code, scale = _quantize_slab(slab, block_size)
         codes.append(code)
         scales.append(scale)
@@ -66,10 +67,10 @@ def _quantize_slab(flat: torch.Tensor, block_size: int) -> tuple[torch.Tensor, t
     whole = flat.numel() // block_size * block_size
     blocks = flat[:whole].view(-1, block_size)
     absmax = blocks.abs().amax(dim=1)
-    relative = (blocks * (1.0 / absmax.clamp(min=_SMALLEST))[:, None]).clamp(-1, 1).reshape(-1)
+    relative = (blocks * (1.0 / absmax.clamp(min=SMALLEST))[:, None]).clamp(-1, 1).reshape(-1)
     if whole < flat.numel():
         # bitsandbytes divides in the last, shorter block, and its scale is never below the guard.
-        tail = flat[whole:].abs().amax().clamp(min=_SMALLEST)
+        tail = flat[whole:].abs().amax().clamp(min=SMALLEST)
         absmax = torch.cat([absmax, tail[None]])
         relative = torch.cat([relative, (flat[whole:] / tail).clamp(-1, 1)])
     if relative.numel() % 2:
@@ -178,7 +179,14 @@ def _wide_dtype(*tensors: torch.Tensor | None) -> torch.dtype:
     return dtype
 
 
-def _refuse(weight: torch.Tensor, position: int) -> None:
+def check_block_size(block_size: int) -> None:
+    """Raise ``ValueError`` unless ``block_size`` is one that bitsandbytes has."""
+    if block_size not in BLOCK_SIZES:
+        raise ValueError(f"block_size: expected one of {', '.join(map(str, BLOCK_SIZES))}, got {block_size}")
+
+
+def refuse(weight: torch.Tensor, position: int) -> None:
+    """Raise ``ValueError`` for the element of the flattened ``weight`` that is not finite."""
     row, column = divmod(position, weight.shape[1])
     raise ValueError(
         f"weight: expected finite float32 values, got {float(weight[row, column])} at index ({row}, {column})"

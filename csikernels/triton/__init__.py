@@ -1,7 +1,8 @@
 """Triton kernels: which ops have one, and where they can run. Triton itself is imported by the first call of a kernel.
 
 Each module below registers its ops with ``implement(op, "triton")``. Kernels read weights and activations in float32
-and bfloat16; what a docstring leaves to the reference (float64, sizes beyond a kernel's tiles) is handed over there.
+and bfloat16 (those of NF4 also in float16, and 4-bit weights); what a docstring leaves to the reference (float64, sizes
+beyond a kernel's tiles) is handed over there.
 """
 
 from __future__ import annotations
@@ -19,6 +20,10 @@ KERNELS = {
     "lasco_forward": "lasco",
     "lasco_training_forward": "lasco",
     "lasco_backward": "lasco_backward",
+    "nf4_quantize": "nf4_lora_codec",
+    "nf4_dequantize": "nf4_lora_codec",
+    "nf4_lora_linear": "nf4_lora",
+    "nf4_lora_linear_backward": "nf4_lora",
     "transformer_forward": "transformer",
 }
 
