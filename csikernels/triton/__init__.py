@@ -20,6 +20,10 @@ KERNELS = {
     "lasco_training_forward": "lasco",
     "lasco_backward": "lasco_backward",
     "transformer_forward": "transformer",
+    "self_information": "self_information",
+    "select_informative": "self_information",
+    "top_m": "self_information",
+    "scatter_codeword": "self_information",
 }
 
 
