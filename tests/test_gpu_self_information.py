@@ -11,7 +11,7 @@ from test_self_information import check_selection, expected_information, grid, r
 
 from csikernels import scatter_codeword, select_informative, self_information, top_m
 
-pytestmark = pytest.mark.gpu("cuda")
+pytestmark = pytest.mark.gpu("cuda", "triton")
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 
@@ -87,6 +87,19 @@ def test_ties_go_to_the_lower_index(device, kind, m):
     assert torch.equal(indices.cpu(), reference(select_informative, h, m, bandwidth=0.5)[1])
 
 
+@pytest.mark.parametrize("m", [1, 40, 198])
+@pytest.mark.parametrize("offsets", [grid(3), [(0, 1), (0, 0)]], ids=["grid", "pair"])
+def test_elements_without_information_come_last(device, offsets, m):
+    # Multiples of 1/2, so that much ties in float32 as in float64, both zeros among them.
+    h = (random_image(1, 2, 9, 11) * 2).round() / 2
+    h[h == 0] *= -1
+    h[0, 0, 4, 5], h[0, 0, 8, 10], h[0, 1, 2, 3], h[0, 1, 0, 0] = math.nan, math.inf, -math.inf, -0.0
+    values, indices = select_informative(h.to(device), m, bandwidth=2.0, offsets=offsets)
+    wanted_values, wanted_indices = reference(select_informative, h, m, bandwidth=2.0, offsets=offsets)
+    assert torch.equal(indices.cpu(), wanted_indices)
+    assert torch.equal(values.cpu().view(torch.int32), wanted_values.view(torch.int32))
+
+
 @pytest.mark.parametrize("n", [16384, 12289])
 def test_the_largest_samples(device, n):
     h = random_image(1, 1, 1, n)
@@ -142,6 +155,40 @@ def test_empty_and_strided_inputs(device):
     h = random_image(2, 9, 13, 4).permute(0, 3, 2, 1)[:, 1:3]
     _, indices = select_informative(h.to(device), 40, bandwidth=0.5)
     assert torch.equal(indices.cpu(), select_informative(h.contiguous().to(device), 40, bandwidth=0.5)[1].cpu())
+
+
+def test_errors_are_those_of_the_other_backends(device):
+    h = torch.zeros(2, 2, 4, 4, device=device)
+    values, indices, mean = h[:, 0, 0], torch.zeros(2, 4, dtype=torch.int64, device=device), h[:, 0, 0, 0]
+    for kind, message, call in [
+        (ValueError, r"h: expected shape \[B, C, H, W\]", lambda: self_information(h[0], bandwidth=1.0)),
+        (ValueError, "bandwidth: .* got nan", lambda: select_informative(h, 1, bandwidth=math.nan)),
+        (ValueError, r"m: expected 1\.\.C\*H\*W = 1\.\.32, got 33", lambda: select_informative(h, 33, bandwidth=1.0)),
+        (ValueError, r"m: expected 1\.\.N = 1\.\.4, got 0", lambda: top_m(values, 0)),
+        (TypeError, "score: expected float16, .* got torch.int64", lambda: top_m(indices, 1)),
+        (ValueError, "source: expected the shape of score", lambda: top_m(values, 1, source=values[:, :2])),
+        (ValueError, "indices: expected the shape", lambda: scatter_codeword(values, indices[:, :2], mean, (4,))),
+        (TypeError, "mean: expected the dtype", lambda: scatter_codeword(values, indices, mean.double(), (4,))),
+    ]:
+        with pytest.raises(kind, match=message):
+            call()
+
+
+def test_opcheck(device, opcheck):
+    h, offsets = random_image(2, 2, 6, 5).to(device), [-1, 0, 0, 0, 2, 1]
+    opcheck("self_information", (h, 0.5, offsets))
+    opcheck("select_informative", (h, 7, 0.5, offsets, h.double().requires_grad_()))
+    opcheck("top_m", (h.flatten(1).clone().requires_grad_(), 4))
+    values, mean = h[:, 0, 0, :4].clone().requires_grad_(), h[:, 1, 1, 1].clone().requires_grad_()
+    opcheck("scatter_codeword", (values, torch.tensor([[0, 3, 5, 1], [2, 2, 0, 4]], device=device), mean, [2, 3]))
+
+
+def test_gradient_of_a_scattered_codeword(device):
+    values = random_image(2, 1, 1, 5, dtype=torch.float64).reshape(2, 5).to(device).requires_grad_()
+    mean = torch.tensor([0.5, -1.0], dtype=torch.float64, device=device).requires_grad_()
+    indices = torch.tensor([[4, 0, 7, 1, 11], [3, 9, 3, 3, 2]], device=device)  # one twice in the second row
+    scatter_codeword(values, indices, mean, (3, 4)).sum().backward()
+    assert values.grad.tolist() == [[1, 1, 1, 1, 1], [0, 1, 0, 1, 1]] and mean.grad.tolist() == [7, 9]
 
 
 def test_gradient_reaches_the_selected_values(device):

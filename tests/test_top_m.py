@@ -272,6 +272,8 @@ def test_any_row_against_a_sort(data, n, rows, double):
     m = data.draw(st.integers(1, n))
     row = st.lists(numbers, min_size=n, max_size=n)
     score = torch.tensor(data.draw(st.lists(row, min_size=rows, max_size=rows)), dtype=torch.float64).reshape(rows, n)
-    for name in csikernels.backends()["top_m"]["cpu"]:
+    for name in ("cpp", "reference"):
+        if name not in csikernels.backends()["top_m"]["cpu"]:
+            continue
         with csikernels.use_backend(name):
             check(score if double else score.float(), m)

@@ -21,6 +21,9 @@ _TYPES = {
     torch.int64: "*i64",
     torch.uint8: "*u8",
     torch.float16: "*fp16",
+    torch.float64: "*fp64",
+    torch.int16: "*i16",
+    torch.int32: "*i32",
 }
 
 
@@ -38,7 +41,7 @@ def _describe(value, path: tuple, attributes: dict):
     return "fp32"
 
 
-def compiled(kernel, arguments: dict, constants: dict, arch: int, warps: int, stages: int) -> dict:
+def compiled(kernel, arguments: dict, constants: dict, arch: int, warps: int, stages: int, **options) -> dict:
     """Compile for ``sm_<arch>``: registers a thread, stack bytes, shared memory, instruction counts."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -48,12 +51,14 @@ def compiled(kernel, arguments: dict, constants: dict, arch: int, warps: int, st
         kernel = kernel.fn
     attributes: dict = {}
     signature = {
-        name: "constexpr" if name in constants else _describe(arguments[name], (index,), attributes)
-        for index, name in enumerate(kernel.arg_names)
+        param.name: "constexpr"
+        if param.name in constants
+        else param.annotation_type or _describe(arguments[param.name], (index,), attributes)
+        for index, param in enumerate(kernel.params)
     }
     constants = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     source = ASTSource(kernel, signature, constants, attributes)
-    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True, **options}
     result = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     usage, code = _machine_code(result.asm["cubin"])
     return {"name": kernel.__name__, "shared": result.metadata.shared, **usage, "instructions": code}
@@ -74,5 +79,7 @@ def _machine_code(cubin: bytes) -> tuple[dict, dict]:
     names = Counter(
         re.findall(r"^\s*(?:/\*[0-9a-f]+\*/)?\s*(?:@!?U?P\w+ )?([A-Z][A-Z0-9]+)", code.stdout, re.MULTILINE)
     )
-    kept = {name: names[name] for name in ("HMMA", "HGMMA", "UTCHMMA", "FFMA", "FFMA2", "LDL", "STL") if names[name]}
+    kept = {
+        name: names[name] for name in ("HMMA", "HGMMA", "UTCHMMA", "FFMA", "FFMA2", "MUFU", "LDL", "STL") if names[name]
+    }
     return {"registers": int(found["REG"]), "stack": int(found["STACK"])}, kept

@@ -1,4 +1,10 @@
-"""Self-information of CSI, selection of its most informative elements, and the codeword's way back (LLMCsiNet)."""
+"""Self-information of CSI, selection of its most informative elements, and the codeword's way back (LLMCsiNet).
+
+On a CPU these ops run in C++, and in PyTorch where that was not built. On GPUs of compute capability 8.0 or later the
+CUDA kernels are the default where they were built: they keep keys and survivors in shared memory, and evaluate each
+pair of neighbours once. Where they were not, the Triton kernels are, which need no compiler when the package is
+installed and select by the same rule. Older GPUs and samples of more than 16,384 elements take the reference.
+"""
 
 from __future__ import annotations
 
@@ -58,6 +64,10 @@ def self_information(
         finite, or has a NaN among its neighbours, gets NaN; an infinite neighbour counts as infinitely far. The result
         carries no gradient: it serves to rank, and the selection is discrete.
 
+    Backends:
+        C++ on a CPU; on a GPU of sm_80 or later CUDA where it was built (it evaluates each pair of neighbours once),
+        else Triton, up to 16,384 elements a sample; else the reference.
+
     Raises:
         TypeError: ``h`` is no floating-point tensor, or ``radius`` or an offset is no integer.
         ValueError: wrong rank, or ``bandwidth``, ``radius`` or ``offsets`` out of range.
@@ -104,6 +114,10 @@ def select_informative(
         the flattened ``C*H*W``, most informative first. Elements whose information is NaN come last. ``values`` carries
         the gradient of ``source`` (of ``h`` without one); the ranking carries none.
 
+    Backends:
+        C++ on a CPU; on a GPU of sm_80 or later CUDA where it was built (its survivors stay in shared memory), else
+        Triton (there they pass through the cache), up to 16,384 elements a sample; else the reference.
+
     Raises:
         TypeError: wrong dtype.
         ValueError: wrong rank, shape or device, ``m`` outside 1..C*H*W, or a wrong neighbourhood.
@@ -145,6 +159,9 @@ def top_m(score: Tensor, m: int, *, source: Tensor | None = None) -> tuple[Tenso
     Returns:
         ``values`` ``[B, m]``, bit for bit those of ``source`` and of its dtype, and ``indices`` ``[B, m]`` int64 into
         ``N``. ``values`` carries the gradient of ``source`` (of ``score`` without one); the order carries none.
+
+    Backends:
+        As of :func:`select_informative`, up to 16,384 scores a row.
 
     Raises:
         TypeError: wrong dtype.
@@ -189,6 +206,10 @@ def scatter_codeword(values: Tensor, indices: Tensor, mean: Tensor, shape: Seque
 
     Returns:
         ``[B, *shape]`` of the dtype of ``values``, with gradients for ``values`` and ``mean``.
+
+    Backends:
+        C++ on a CPU; on a GPU of sm_80 or later CUDA where it was built (it finds the last writer in shared memory),
+        else Triton (in the cache), for any shape; else the reference.
 
     Raises:
         TypeError: wrong dtype.

@@ -49,14 +49,20 @@ def top_m(score: Tensor, m: int, source: Tensor | None = None) -> tuple[Tensor, 
 def scatter_codeword(values: Tensor, indices: Tensor, mean: Tensor, shape: list[int]) -> Tensor:
     """values [B,m], indices [B,m], mean [B] -> [B,*shape]."""
     batch, size = values.shape[0], math.prod(shape)
-    if indices.device.type == "cpu":
-        wrong = indices[(indices < 0) | (indices >= size)]
-        if wrong.numel():
-            raise ValueError(f"indices: expected 0..{size - 1}, the elements of {tuple(shape)}, got {wrong[0].item()}")
+    check_positions(indices, shape)
     winner = last_writer(indices, size)
     candidates = torch.cat([_bits(values), _bits(mean)[:, None]], dim=1)  # the mean stands in the last column
     filled = candidates.gather(1, torch.where(winner >= 0, winner, values.shape[1]))
     return filled.view(values.dtype).reshape(batch, *shape)
+
+
+def check_positions(indices: Tensor, shape: list[int]) -> None:
+    """On the CPU; to look on a GPU would mean to wait for it."""
+    size = math.prod(shape)
+    if indices.device.type == "cpu":
+        wrong = indices[(indices < 0) | (indices >= size)]
+        if wrong.numel():
+            raise ValueError(f"indices: expected 0..{size - 1}, the elements of {tuple(shape)}, got {wrong[0].item()}")
 
 
 def last_writer(indices: Tensor, size: int) -> Tensor:

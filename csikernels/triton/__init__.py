@@ -25,6 +25,10 @@ KERNELS = {
     "nf4_lora_linear": "nf4_lora",
     "nf4_lora_linear_backward": "nf4_lora",
     "transformer_forward": "transformer",
+    "self_information": "self_information",
+    "select_informative": "self_information",
+    "top_m": "self_information",
+    "scatter_codeword": "self_information",
 }
 
 
