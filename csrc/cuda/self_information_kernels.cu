@@ -139,8 +139,8 @@ template <class In, class Bits>
 __global__ void __launch_bounds__(kThreads, 2) information_exact(const In* images, Shape shape, double bandwidth,
                                                                  const Offsets offsets, double constant, Bits* bits) {
   const int n = shape.channels * shape.height * shape.width;
-  const size_t first = static_cast<size_t>(blockIdx.y) * n;
-  const int i = blockIdx.x * kThreads + threadIdx.x;
+  const size_t first = static_cast<size_t>(blockIdx.x) * n;
+  const int i = blockIdx.y * kThreads + threadIdx.x;
   if (i >= n) return;
   const auto pixel = [&](int j) { return static_cast<double>(widen(images[first + j])); };
   double log_sum = log_neighbour_sum(pixel, shape, offsets, bandwidth, i);
@@ -167,8 +167,8 @@ template <class Bits>
 __global__ void __launch_bounds__(kThreads, 2)
     scatter_kernel(const Bits* values, const int64_t* indices, const Bits* mean, int m, int64_t n, Bits* image) {
   __shared__ int owner[kTile];
-  const size_t sample = blockIdx.y;
-  const int64_t first = int64_t(blockIdx.x) * kTile;
+  const size_t sample = blockIdx.x;
+  const int64_t first = int64_t(blockIdx.y) * kTile;
   const int size = static_cast<int>(min(int64_t(kTile), n - first));
   for (int i = threadIdx.x; i < size; i += kThreads) owner[i] = -1;
   __syncthreads();
@@ -234,7 +234,7 @@ cudaError_t self_information(const Images& images, double bandwidth, const Offse
       }
     }
     using Bits = std::conditional_t<sizeof(In) == 8, double, float>;
-    const dim3 grid((n + kThreads - 1) / kThreads, images.batch);
+    const dim3 grid(images.batch, (n + kThreads - 1) / kThreads);  // the first may exceed 65,535
     information_exact<In, Bits>
         <<<grid, kThreads, 0, stream>>>(data, shape, bandwidth, offsets, constant, static_cast<Bits*>(bits));
     return cudaGetLastError();
@@ -279,7 +279,7 @@ cudaError_t top_m(const void* score, Scalar type, int batch, int n, int m, const
 cudaError_t scatter_codeword(const void* values, const int64_t* indices, const void* mean, int batch, int m, int64_t n,
                              int element_bytes, void* image, cudaStream_t stream) {
   const auto run = [&]<class Bits>(Type<Bits>) {
-    const dim3 grid(static_cast<unsigned>((n + kTile - 1) / kTile), batch);
+    const dim3 grid(batch, static_cast<unsigned>((n + kTile - 1) / kTile));  // the first may exceed 65,535
     scatter_kernel<Bits><<<grid, kThreads, 0, stream>>>(
         static_cast<const Bits*>(values), indices, static_cast<const Bits*>(mean), m, n, static_cast<Bits*>(image));
     return cudaGetLastError();
