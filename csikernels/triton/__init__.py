@@ -16,6 +16,8 @@ import torch
 
 # op -> module of this package that implements it
 KERNELS = {
+    "codebook_pack": "codebook",
+    "codebook_search": "codebook",
     "lasco_forward": "lasco",
     "lasco_training_forward": "lasco",
     "lasco_backward": "lasco_backward",
