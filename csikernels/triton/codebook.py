@@ -1,8 +1,9 @@
 """Codebook ops in Triton: checks, allocations, launches.
 
-The search waits for nothing and reads nothing on the host, so it can be captured in a CUDA graph once a call outside has
-tuned its kernel; an environment out of range stops the GPU, since to name it would mean to wait. Packing waits once,
-to refuse words without a direction. Results do not depend on what the tuning chose, nor on the other queries.
+The search waits for nothing and reads nothing on the host, so it can be captured in a CUDA graph once a call outside
+has tuned its kernel. An environment out of range stops the GPU, since to name it would mean to wait: torch's own
+assertion does that before the kernels start (Triton's is compiled only for debugging). Packing waits once, to refuse
+words without a direction. Results do not depend on what the tuning chose, nor on the other queries.
 
 Words of more than 256 complex numbers and books of more than 2^22 words take the reference, when packing and when
 searching.

@@ -27,9 +27,7 @@ def check_queries(h: Tensor, words: Tensor, environment: Tensor | None) -> None:
         raise ValueError(f"h: expected [N, {words.shape[-1]}], got shape {list(h.shape)}")
     _check_device(h, "h", words.device)
     if (environment is not None) != (words.dim() == 3):
-        raise ValueError(
-            "environment: expected none for a codebook [K, D], int64 [N] for a codebook [E, K, D]"
-        )
+        raise ValueError("environment: expected none for a codebook [K, D], int64 [N] for a codebook [E, K, D]")
     if environment is None:
         return
     if environment.dtype != torch.int64:

@@ -2,13 +2,13 @@
 
 Formula: with w = v + r and q = p + s (v, p in bfloat16, w of unit norm), | |w^H q| - |v^H p| | <= |r| |p| + |s| by
   Cauchy-Schwarz, to which the rounding of the sums is added. A query is scaled by a power of two. Of each group of
-  G = 32 or 64 words two keys are kept: the largest |v^H p|^2 and the second largest, with the word's place in the group
-  in their lowest bits. The rescoring takes from them the best lower bound of all groups; the first word of a group is
-  scored where its upper bound reaches it, and the whole group where that of the second does. So what is kept is bounded,
-  needs neither a running maximum nor atomics, and does not depend on the order of the programs. The N x K products are
-  never written.
-Layout: re = q_re w_re + q_im w_im and im = q_im w_re - q_re w_im as four products of [Q, D'] by [D', T], D' the power of
-  two from D on. The sums of re and im are held alike, so that |.|^2 needs no exchange between threads. The queries
+  G = 32 or 64 words two keys are kept: the largest |v^H p|^2 and the second largest, with the word's place in the
+  group in their lowest bits. The rescoring takes from them the best lower bound of all groups; the first word of a
+  group is scored where its upper bound reaches it, and the whole group where that of the second does. So what is kept
+  is bounded, needs neither a running maximum nor atomics, and does not depend on the order of the programs. The N x K
+  products are never written.
+Layout: re = q_re w_re + q_im w_im and im = q_im w_re - q_re w_im as four products of [Q, D'] by [D', T], D' the power
+  of two from D on. The sums of re and im are held alike, so that |.|^2 needs no exchange between threads. The queries
   (with -q_re: 6 D' bytes each) stay in shared memory and the words stream through it, as keys do in an attention.
 Bytes: 4 D' K of words for each tile of queries, from L2 beyond the first; 6 D' N of queries for each split; 8 N K / G
   of keys, written once and read twice.
@@ -24,21 +24,23 @@ Tiling: 128 queries by 128 words of 8 warps where there are as many: each warp g
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from csikernels.triton.codebook_rows import LANES_WORK, UNIT, Layout, load_queries
+from csikernels.triton.codebook_rows import AT_ONCE, UNIT, Layout, load_queries
 from csikernels.triton.lasco_block import operand, product
 from csikernels.triton.launch import tuned
 
 # Errors relative to the norm of the query. A tensor core cuts each of at most 17 addends of a sum off at 2^-23 of the
 # largest, itself at most 1: 1.1 * 2^-23 a term and component, less than half of this.
 SUM_ERROR = tl.constexpr(2.0**-21)  # times 2 D'
-# The place in a key (2^-18), all other roundings of the filter (below 2^-18 together), and twice the error of a score in
-# float32 (2^-17): a word that is not scored has a lower score in float32, too, so that results do not depend on tiles.
+# The place in a key (2^-18), all other roundings of the filter (below 2^-18 together), and twice the error of a score
+# in float32 (2^-17 each): a word that is not scored has a lower score in float32, too, so that results do not depend on
+# tiles.
 SLACK = tl.constexpr(2.0**-15)
 STEP = tl.constexpr(UNIT)
 
@@ -76,7 +78,9 @@ def queries_kernel(
 
 
 @triton.jit
-def _scan(re_q, im_q, minus_re, words, keys, second_keys, mine, tiles, D: tl.constexpr, G: tl.constexpr, T: tl.constexpr):
+def _scan(
+    re_q, im_q, minus_re, words, keys, second_keys, mine, tiles, D: tl.constexpr, G: tl.constexpr, T: tl.constexpr
+):  # fmt: skip
     """``tiles`` tiles of a book from ``words`` on, for the queries that are ``mine``."""
     column = tl.arange(0, T)
     at = column[:, None] * (2 * D) + tl.arange(0, D)[None, :]
@@ -98,7 +102,7 @@ def _scan(re_q, im_q, minus_re, words, keys, second_keys, mine, tiles, D: tl.con
 
 
 @triton.jit
-def _filter(
+def filter_kernel(
     planes,  # bfloat16 [rows, 3, D]
     packed,  # bfloat16 [E, P, 2, D]
     environment,  # int64 [rows], ascending, where ORDERED
@@ -140,21 +144,40 @@ def _config(queries: int, words: int, warps: int, stages: int) -> triton.Config:
     return triton.Config({"Q": queries, "T": words}, num_warps=warps, num_stages=stages)
 
 
-# What does not fit into a GPU's shared memory is left out of its tuning; the first of each fits everywhere.
-FEW = [_config(16, 64, 4, 1), _config(16, 64, 4, 2), _config(16, 64, 4, 3), _config(16, 128, 4, 2)]
-MANY = [
-    _config(64, 64, 4, 1), _config(64, 64, 4, 2), _config(64, 64, 4, 3), _config(64, 128, 4, 2),
-    _config(128, 64, 8, 3), _config(128, 128, 8, 2), _config(128, 128, 8, 3),
-]  # fmt: skip
-KEY = ["D", "G", "ORDERED"]
-filter_few = tuned(FEW, KEY)(_filter)
-filter_many = tuned(MANY, KEY)(_filter)
+FEW = [_config(16, 64, 4, 2), _config(16, 64, 4, 1), _config(16, 64, 4, 3), _config(16, 128, 4, 2)]
+# By major compute capability, then for D' of at most 128 and for 256; what spills there is not among them. Before and
+# after sm_90 and sm_100 queries are held in registers, which limits how many. What does not fit into the shared memory
+# of a GPU is left out when its kernel is tuned.
+MANY = {
+    9: (
+        [_config(128, 128, 8, 2), _config(128, 64, 8, 3), _config(64, 128, 4, 2), _config(64, 64, 4, 3)],
+        [_config(64, 64, 4, 2), _config(64, 64, 4, 1)],
+    ),
+    10: (
+        [_config(128, 64, 8, 3), _config(128, 64, 8, 2), _config(64, 64, 4, 3), _config(64, 64, 4, 1)],
+        [_config(32, 64, 4, 2), _config(32, 64, 4, 1)],
+    ),
+}
+MANY_BY_WARPS = (
+    [_config(64, 64, 4, 3), _config(128, 64, 8, 3), _config(32, 64, 4, 2), _config(32, 64, 4, 1)],
+    [_config(32, 64, 4, 1), _config(16, 64, 4, 2), _config(16, 64, 4, 1)],
+)
+
+
+def configs(major: int, padded: int, few: bool) -> list[triton.Config]:
+    """What the filter is tuned over."""
+    return FEW if few else MANY.get(major, MANY_BY_WARPS)[padded > 128]
+
+
+@functools.cache
+def _filter_for(major: int, wide: bool, few: bool) -> Any:
+    return tuned(configs(major, 256 if wide else 128, few), key=["D", "G", "ORDERED"])(filter_kernel)
 
 
 def spread_queries(h: Tensor, order: Tensor | None, planes: Tensor, errors: Tensor, first: int) -> None:
     """Rows of h, real [N, D, 2], from ``first`` of their order on, into planes [rows, 3, D'] and errors [2, rows]."""
     rows, _, padded = planes.shape
-    at_once = LANES_WORK // padded
+    at_once = AT_ONCE // padded
     queries_kernel[(triton.cdiv(rows, at_once),)](
         h, h if order is None else order, planes, errors, first, rows, h.shape[1],
         D=padded, R=at_once, ORDERED=order is not None, num_warps=4,
@@ -164,17 +187,25 @@ def spread_queries(h: Tensor, order: Tensor | None, planes: Tensor, errors: Tens
 def list_groups(planes: Tensor, packed: Tensor, environment: Tensor | None, keys: Tensor, layout: Layout) -> None:
     """The keys [2, rows, P / G] of planes [rows, 3, D'], whose books are ``environment`` [rows] in ascending order."""
     rows, units = planes.shape[0], layout.positions // UNIT
-    few = rows <= 16 * layout.books
-    processors = torch.cuda.get_device_properties(planes.device).multi_processor_count if planes.is_cuda else 1
+    major, processors = _gpu(planes.device)
 
     def grid(meta: dict) -> tuple[int, int]:
         tiles = triton.cdiv(rows, meta["Q"])
-        return tiles, _splits(tiles, units, processors * (2 if few else 1))
+        return tiles, _splits(tiles, units, processors * (2 if meta["Q"] <= 32 else 1))
 
-    (filter_few if few else filter_many)[grid](
+    _filter_for(major, layout.padded > 128, rows <= 16 * layout.books)[grid](
         planes, packed, planes if environment is None else environment, keys, rows, layout.positions,
         D=layout.padded, G=layout.group, ORDERED=environment is not None,
     )  # fmt: skip
+
+
+@functools.cache
+def _gpu(device: torch.device) -> tuple[int, int]:
+    """Major compute capability and multiprocessors; the interpreter has one and takes the tiles of sm_90."""
+    if device.type == "cpu":
+        return 9, 1
+    properties = torch.cuda.get_device_properties(device)
+    return properties.major, properties.multi_processor_count
 
 
 @functools.cache

@@ -6,9 +6,9 @@ Formula: |w^H q| of the words as given, times their factors to unit norm. "exact
 Layout: a program reads the keys of its queries twice, for the best lower bounds and for what reaches them, and then
   uses their place for the lists of the latter.
 Bytes: 8 N K / G of keys twice; for each word scored 8 D (complex64) or 16 D (complex128). Of K = 65536 random words of
-  D = 128 a query scores 2 to 4: N = 1024: 34 MB of keys and 4 MB of words, 11 us of an H100. In the worst case, all words
-  equal, every word is scored twice: 137 GB, 25 ms from L2, and 172 GFLOP in float64.
-Tiling: of D = 128 four queries by four words at a time, since most queries have no more to score.
+  D = 128 a query scores 2 to 4: N = 1024: 34 MB of keys and 4 MB of words, 11 us of an H100. In the worst case, all
+  words equal, every word is scored twice: 137 GB, 25 ms from L2, and 172 GFLOP in float64.
+Tiling: of D = 128 four queries by two words at a time, since most queries have few to score.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from csikernels.triton.codebook_rows import LANES_WORK, Layout, load_queries, power_of_two
+from csikernels.triton.codebook_rows import AT_ONCE, Layout, load_queries, power_of_two
 
-KEYS = 2048  # at a time: 16 a thread of four warps
+KEYS = 1024  # at a time
+WARPS = 8
 NOBODY = tl.constexpr(0x7FFFFFFFFFFFFFFF)
 
 
@@ -35,7 +36,7 @@ def _list(
     keys, second_keys, residuals, start, book, usable, norm, rest, groups, G: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """Replaces ``keys`` of each query by the positions of single words to score and ``second_keys`` by the groups to
-    score whole; how many of each, [R]. What is at least reached by the best word is kept as it was."""
+    score whole; how many of each, [R]."""
     least = tl.full(norm.shape, -1.0, tl.float32)
     for first in range(0, groups, BLOCK):
         group = first + tl.arange(0, BLOCK)
@@ -207,18 +208,18 @@ def rescore(
     the order of h, real [N, D, 2]. ``parts``: factors and residuals of a packed buffer."""
     _, rows, groups = keys.shape
     highs = torch.empty(rows, groups, dtype=torch.float64, device=h.device)
-    constants = sizes(rows, layout)
+    constants = sizes(rows, layout, exact)
     rescore_kernel[(triton.cdiv(rows, constants["R"]),)](
         h, h if order is None else order, h if environment is None else environment, words, *parts, errors, keys, highs,
         *result, first, rows, layout.words, layout.step, groups, layout.dimension,
-        **constants, ORDERED=order is not None, EXACT=exact, num_warps=4,
+        **constants, ORDERED=order is not None, num_warps=WARPS,
     )  # fmt: skip
 
 
-def sizes(rows: int, layout: Layout) -> dict[str, int]:
+def sizes(rows: int, layout: Layout, exact: bool) -> dict[str, int]:
     """What the kernel is compiled for."""
-    pairs = LANES_WORK // layout.padded
+    pairs = AT_ONCE * (1 if exact else 2) // layout.padded
     together = min(triton.next_power_of_2(rows), max(4, pairs // 8), pairs)
     block = min(KEYS // together, triton.next_power_of_2(layout.groups))
     at_once = min(layout.group, pairs // together)
-    return {"D": layout.padded, "G": layout.group, "R": together, "W": at_once, "BLOCK": block}
+    return {"D": layout.padded, "G": layout.group, "R": together, "W": at_once, "BLOCK": block, "EXACT": exact}

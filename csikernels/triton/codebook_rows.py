@@ -20,10 +20,14 @@ import math
 import triton
 import triton.language as tl
 
+from csikernels.triton import interpreted
+
 MOST_DIMENSION = 256  # the filter holds whole words and queries in shared memory
 MOST_WORDS = 1 << 22  # what the filter keeps of 64 queries then fits into its bound of memory
 UNIT = 128  # positions: a multiple of every tile and group
-LANES_WORK = 2048  # complex numbers at a time: 16 a thread of four warps, 64 registers in float64
+# Complex numbers at a time. In float64 a thread of four or eight warps has registers for 8 or 4 of them and what
+# becomes of them; the interpreter takes its time for each program, whatever its size.
+AT_ONCE = 1 << 16 if interpreted() else 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,11 +58,6 @@ class Layout:
     def groups(self) -> int:
         """Per book."""
         return self.positions // self.group
-
-    @property
-    def at_once(self) -> int:
-        """Rows that a program takes at a time in float64."""
-        return min(self.group, LANES_WORK // self.padded)
 
     @property
     def step(self) -> int:
@@ -116,16 +115,16 @@ def scale_of(largest):
     usable = (largest > 0) & (largest < 0x7FF0000000000000)
     largest = tl.where(usable, largest, 0x3FE0000000000000)  # 0.5
     denormal = largest < 0x0010000000000000
-    lifted = (largest.to(tl.float64, bitcast=True) * 1.6069380442589903e60).to(tl.int64, bitcast=True)  # 2^200
-    exponent = tl.where(denormal, (lifted >> 52) - 200, largest >> 52) - 1022
+    lifted = tl.where(denormal, largest, 0).to(tl.float64, bitcast=True) * 1.6069380442589903e60  # 2^200
+    exponent = tl.where(denormal, (lifted.to(tl.int64, bitcast=True) >> 52) - 200, largest >> 52) - 1022
     half = exponent // 2
     return usable, exponent, power_of_two(-half), power_of_two(half - exponent)
 
 
 @triton.jit
 def load_queries(h, row, is_query, dimension, D: tl.constexpr):
-    """Real and imaginary parts, float64 [R, D] each, of rows scaled by powers of two, 0 for one without a direction; and
-    which have one."""
+    """Real and imaginary parts, float64 [R, D] each, of rows scaled by powers of two, 0 for one without a direction;
+    and which have one."""
     re, im = load_pairs(h, row, is_query, dimension, D)
     usable, _, up, further = scale_of(tl.max(tl.maximum(magnitude(re), magnitude(im)), 1))
     re = tl.where(usable[:, None], re * up[:, None] * further[:, None], 0.0)
