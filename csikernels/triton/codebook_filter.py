@@ -125,7 +125,7 @@ def filter_kernel(
     first = tl.program_id(1) * split
     tiles = tl.minimum(split, positions - first) // T  # may be below 0: then there is nothing left
     to = keys + place.to(tl.int64) * (positions // G) + first // G
-    second = to + rows.to(tl.int64) * (positions // G)
+    second = to + rows * (positions // G)  # at most LISTED
     if ORDERED:
         # One run for each book that queries of this program use; in the order of environments these are few.
         nobody = 0x7FFFFFFFFFFFFFFF

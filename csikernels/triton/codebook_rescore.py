@@ -183,7 +183,7 @@ def rescore_kernel(
     row = tl.load(order + first + place, mask=is_query, other=0) if ORDERED else first + place
     book = tl.load(environment + place, mask=is_query, other=0) if ORDERED else tl.zeros([R], tl.int64)
     re, im, usable = load_queries(h, row, is_query, dimension, D)
-    second_keys = keys + rows.to(tl.int64) * groups
+    second_keys = keys + rows * groups  # at most LISTED
     start = place * groups
     norm = tl.load(errors + place, mask=is_query, other=0.0)
     rest = tl.load(errors + rows + place, mask=is_query, other=0.0)
