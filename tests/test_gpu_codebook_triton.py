@@ -23,8 +23,9 @@ from triton_compile import compiled
 from csikernels.triton import codebook_filter, codebook_pack, codebook_rescore
 from csikernels.triton.codebook_rows import AT_ONCE, Layout
 
-layout = Layout(3, 65536, {dimension})
-sizes = dict(rows=1024, count=layout.words, step=layout.step, groups=layout.groups, positions=layout.positions,
+rows_at_once, words = (1, 1) if {dimension} == 1 else (1024, 65536)
+layout = Layout(3, words, {dimension})
+sizes = dict(rows=rows_at_once, count=layout.words, step=layout.step, groups=layout.groups, positions=layout.positions,
              dimension=layout.dimension, first=0)
 low = torch.zeros(4, dtype=torch.bfloat16)
 single, double = torch.zeros(4), torch.zeros(4, dtype=torch.float64)
@@ -45,7 +46,7 @@ def cases():
         constants = dict(shared, R=AT_ONCE // layout.padded)
         yield codebook_filter.queries_kernel, given, constants, 4, 3
         for exact in (True, False):
-            constants = dict(codebook_rescore.sizes(1024, layout, exact), ORDERED=True)
+            constants = dict(codebook_rescore.sizes(rows_at_once, layout, exact), ORDERED=True)
             yield codebook_rescore.rescore_kernel, given, constants, codebook_rescore.WARPS, 3
 
 # A launch takes sizes of 1 for constants, which lack some of the methods of values.
