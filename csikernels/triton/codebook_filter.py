@@ -79,7 +79,7 @@ def queries_kernel(
 
 @triton.jit
 def _scan(
-    re_q, im_q, minus_re, words, keys, second_keys, mine, tiles, D: tl.constexpr, G: tl.constexpr, T: tl.constexpr
+    re_q, im_q, minus_re, words, keys, between, mine, tiles, D: tl.constexpr, G: tl.constexpr, T: tl.constexpr
 ):  # fmt: skip
     """``tiles`` tiles of a book from ``words`` on, for the queries that are ``mine``."""
     column = tl.arange(0, T)
@@ -95,10 +95,9 @@ def _scan(
         best = tl.max(key, 2)
         second = tl.max(tl.where(key == best[:, :, None], 0, key), 2)
         tl.store(keys[:, None] + group[None, :], best, mask=mine[:, None])
-        tl.store(second_keys[:, None] + group[None, :], second, mask=mine[:, None])
+        tl.store(keys[:, None] + between + group[None, :], second, mask=mine[:, None])
         words += T * 2 * D
         keys += T // G
-        second_keys += T // G
 
 
 @triton.jit
@@ -125,7 +124,7 @@ def filter_kernel(
     first = tl.program_id(1) * split
     tiles = tl.minimum(split, positions - first) // T  # may be below 0: then there is nothing left
     to = keys + place.to(tl.int64) * (positions // G) + first // G
-    second = to + rows * (positions // G)  # at most LISTED
+    between = rows * (positions // G)  # from the best keys to the second: at most LISTED
     if ORDERED:
         # One run for each book that queries of this program use; in the order of environments these are few.
         nobody = 0x7FFFFFFFFFFFFFFF
@@ -133,11 +132,11 @@ def filter_kernel(
         book = tl.min(own, 0)
         while book < nobody:
             words = packed + (book * positions + first) * (2 * D)
-            _scan(re, im, minus_re, words, to, second, own == book, tiles, D, G, T)
+            _scan(re, im, minus_re, words, to, between, own == book, tiles, D, G, T)
             book = tl.min(tl.where(own > book, own, nobody), 0)
     else:
         words = packed + first.to(tl.int64) * (2 * D)
-        _scan(re, im, minus_re, words, to, second, is_query, tiles, D, G, T)
+        _scan(re, im, minus_re, words, to, between, is_query, tiles, D, G, T)
 
 
 def _config(queries: int, words: int, warps: int, stages: int) -> triton.Config:
@@ -145,6 +144,8 @@ def _config(queries: int, words: int, warps: int, stages: int) -> triton.Config:
 
 
 FEW = [_config(16, 64, 4, 2), _config(16, 64, 4, 1), _config(16, 64, 4, 3), _config(16, 128, 4, 2)]
+# On sm_100 the others spill, of D' = 256.
+FEW_WIDE = {10: [_config(16, 128, 4, 2), _config(16, 64, 4, 1)]}
 # By major compute capability, then for D' of at most 128 and for 256; what spills there is not among them. Before and
 # after sm_90 and sm_100 queries are held in registers, which limits how many. What does not fit into the shared memory
 # of a GPU is left out when its kernel is tuned.
@@ -159,14 +160,17 @@ MANY = {
     ),
 }
 MANY_BY_WARPS = (
-    [_config(64, 64, 4, 3), _config(128, 64, 8, 3), _config(32, 64, 4, 2), _config(32, 64, 4, 1)],
+    [_config(64, 64, 4, 3), _config(32, 64, 4, 2), _config(32, 64, 4, 1)],
     [_config(32, 64, 4, 1), _config(16, 64, 4, 2), _config(16, 64, 4, 1)],
 )
 
 
 def configs(major: int, padded: int, few: bool) -> list[triton.Config]:
     """What the filter is tuned over."""
-    return FEW if few else MANY.get(major, MANY_BY_WARPS)[padded > 128]
+    wide = padded > 128
+    if few:
+        return FEW_WIDE.get(major, FEW) if wide else FEW
+    return MANY.get(major, MANY_BY_WARPS)[wide]
 
 
 @functools.cache
