@@ -14,7 +14,7 @@ from test_codebook_kernels import KINDS, agrees, by_reference, make_book
 
 from csikernels import Codebook, codebook_argmax
 
-pytestmark = pytest.mark.gpu("cuda")
+pytestmark = pytest.mark.gpu("cuda", "triton")
 
 
 def search(device, h, book, environment=None, precision="exact"):
@@ -91,6 +91,7 @@ def test_lists_of_nearly_the_whole_book(device, noise):
     check(device, h, book)
 
 
+@pytest.mark.gpu("cuda")  # the lists of the Triton kernels have a place for every group of words
 def test_lists_that_overflow(device):
     # Two queries have no word nearer than the error of bfloat16, so that all are listed, and there are too many.
     h, book = gaussian(300, 4), gaussian(14_000, 4, seed=1)
@@ -198,6 +199,14 @@ def test_more_queries_than_one_launch_takes(device):
     agrees(search(device, h, words, environment), by_reference(h, words, environment=environment))
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU it stops the kernel, and with it the process's tests")
+@pytest.mark.gpu("triton")
+@pytest.mark.parametrize("wrong", [-1, 3])
+def test_an_environment_out_of_range_is_named_where_nothing_waits(device, wrong):
+    with pytest.raises(ValueError, match=rf"environment: expected values in 0..2, got {wrong} at row 1"):
+        codebook_argmax(gaussian(2, 8), gaussian(3, 5, 8), torch.tensor([0, wrong]))
+
+
 def test_an_environment_out_of_range_stops_the_kernel(simulated):
     for wrong in (-1, 3):
         with pytest.raises(simulator.ptxsim().PtxFault, match="trap"):
@@ -253,7 +262,7 @@ def test_empty_strided_and_conjugated(device):
 
 def test_a_foreign_pack_is_refused(device):
     h, book = gaussian(5, 8).to(device), gaussian(9, 8).to(device)
-    with pytest.raises(RuntimeError, match="packed: expected the CUDA layout of .* bytes for codewords"):
+    with pytest.raises(RuntimeError, match="packed: expected the (CUDA|Triton) layout of .* bytes for codewords"):
         other = Codebook(gaussian(200, 8).to(device))
         torch.ops.csikernels.codebook_search(h, book, other._packed(), None, "exact")
 

@@ -140,9 +140,14 @@ def codebook_argmax(h, codebook, environment=None):
     - A row of ``h`` that is zero or holds NaN or infinity gives index -1 and similarity NaN.
     - Memory is bounded: the N x K similarities are never held at once.
     - Not differentiable: gradients do not flow to ``h`` or ``codebook``.
-    - On a GPU, ``"cuda"`` is the default from compute capability 8.0 on, for D of at most 256; longer rows take the
-      reference. A search does not wait for the GPU and can be captured in a CUDA graph, so an environment out of range
-      stops the kernel there, as an index out of range does in torch. Packing waits, to name a codeword that it refuses.
+    - On a GPU of compute capability 8.0 or later the default is ``"cuda"`` where the extension was built with it, else
+      ``"triton"``. On sm_90 Triton's kernel uses the products of warp groups (HGMMA), which have twice the rate of the
+      CUDA kernel's (HMMA) and should win where N is large; the CUDA kernel has a launch less, for few queries. Neither
+      has run on a GPU yet, so the default is the same on all. Both are for D of at most 256, Triton for K of at most
+      2^22 besides; larger sizes take the reference.
+    - A search does not wait for the GPU and can be captured in a CUDA graph (with Triton, after a first call outside,
+      which tunes the kernel), so an environment out of range stops the GPU, as an index out of range does in torch.
+      Packing waits, to name a codeword that it refuses.
 
     Args:
         h: complex64 or complex128 [N, D]; tensor or array.

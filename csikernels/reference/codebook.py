@@ -14,6 +14,8 @@
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 import torch
 
 _ROWS = 512  # queries per block
@@ -44,7 +46,7 @@ def pack(codebook: torch.Tensor, precision: str) -> tuple[torch.Tensor, torch.Te
         block = slice(start, start + _WORDS)
         usable, exponent, scaled = _scaled(flat[block])
         if not bool(usable.all()):
-            _refuse_codeword(words, start + int((~usable).nonzero()[0]))
+            refuse_codeword(words, start + int((~usable).nonzero()[0]))
         factor[block] = 1 / _norm(scaled)
         if words.dtype == torch.complex128:
             flat[block] = scaled
@@ -207,16 +209,20 @@ def _rows_of_books(
 ) -> list[tuple[int, torch.Tensor]]:
     if environment is None:
         return [(0, torch.arange(h.shape[0], device=h.device))]
-    outside = (environment < 0) | (environment >= words.shape[0])
-    if bool(outside.any()):
-        row = int(outside.nonzero()[0])
-        raise ValueError(
-            f"environment: expected values in 0..{words.shape[0] - 1}, got {int(environment[row])} at row {row}"
-        )
+    check_environment_values(environment, words.shape[0])
     return [(int(book), (environment == book).nonzero()[:, 0]) for book in environment.unique()]
 
 
-def _refuse_codeword(words: torch.Tensor, position: int) -> None:
+def check_environment_values(environment: torch.Tensor, books: int) -> None:
+    """Raise unless every entry is in ``0..books - 1``."""
+    outside = (environment < 0) | (environment >= books)
+    if bool(outside.any()):
+        row = int(outside.nonzero()[0])
+        raise ValueError(f"environment: expected values in 0..{books - 1}, got {int(environment[row])} at row {row}")
+
+
+def refuse_codeword(words: torch.Tensor, position: int) -> NoReturn:
+    """Raise for the codeword without a direction that packing met; ``position`` counts through all books."""
     k = words.shape[-2]
     row = words.reshape(-1, words.shape[-1])[position]
     name = f"codeword {position % k}" + (f" of environment {position // k}" if words.dim() == 3 else "")

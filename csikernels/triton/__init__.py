@@ -1,8 +1,8 @@
 """Triton kernels: which ops have one, and where they can run. Triton itself is imported by the first call of a kernel.
 
-Each module below registers its ops with ``implement(op, "triton")``. Kernels read weights and activations in float32
-and bfloat16 (those of NF4 also in float16, and 4-bit weights); what a docstring leaves to the reference (float64, sizes
-beyond a kernel's tiles) is handed over there.
+Each module below registers its ops with ``implement(op, "triton")``. Kernels of networks read weights and activations
+in float32 and bfloat16 (those of NF4 also in float16, and 4-bit weights); what a docstring leaves to the reference
+(float64 there, sizes beyond a kernel's tiles) is handed over to it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import torch
 
 # op -> module of this package that implements it
 KERNELS = {
+    "codebook_pack": "codebook",
+    "codebook_search": "codebook",
     "lasco_forward": "lasco",
     "lasco_training_forward": "lasco",
     "lasco_backward": "lasco_backward",
