@@ -13,8 +13,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -88,6 +89,38 @@ def implement(op: str, backend: str) -> Callable[[Callable], Callable]:
         return function
 
     return register
+
+
+def register_fake(op: str, *, on_cpu: Sequence[str] = ()) -> Callable[[Callable], Callable]:
+    """Decorator: ``torch.library.register_fake``, refusing calls that mix meta tensors with others.
+
+    Torch hands a call to the fake as soon as one tensor is on the meta device; with the others real, it would return as
+    if something had been computed. ``on_cpu`` names arguments that may lie on the CPU beside tensors elsewhere.
+    """
+    names = [argument.name for argument in torch._C.parse_schema(_schemas[op]).arguments]
+
+    def register(function: Callable) -> Callable:
+        @functools.wraps(function)
+        def checked(*args, **kwargs):
+            given = {**dict(zip(names, args, strict=False)), **kwargs}
+            _check_meta(op, {name: value for name, value in given.items() if name not in on_cpu})
+            return function(*args, **kwargs)
+
+        torch.library.register_fake(f"{NAMESPACE}::{op}")(checked)
+        return function
+
+    return register
+
+
+def _check_meta(op: str, arguments: dict[str, object]) -> None:
+    """Raise when some tensors are on the meta device and some are not."""
+    first: dict[bool, str] = {}  # on the meta device -> an argument, with its device
+    for name, value in arguments.items():
+        for tensor in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(tensor, torch.Tensor):
+                first.setdefault(tensor.device.type == "meta", f"{name} on {tensor.device}")
+    if len(first) == 2:
+        raise ValueError(f"{op}: expected all tensors on one device, got {' and '.join(first.values())}")
 
 
 def has_compiled_kernel(op: str, device: str) -> bool:
@@ -183,7 +216,7 @@ def _available(op: str, device: str) -> list[str]:
     names = [_COMPILED[device]] if has_compiled_kernel(op, device) else []
     if device == "cpu" and "cuda" in _implementations[op]:
         names.append("cuda")  # simulated
-    if ("triton" in _implementations[op] or op in triton.KERNELS) and triton.runs_on(device):
+    if triton.runs_on(device) and ("triton" in _implementations[op] or op in triton.KERNELS):
         names.append("triton")
     if "reference" in _implementations[op]:
         names.append("reference")

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from lasco_modules import ODD, inputs, sams
 
 import csikernels
-from csikernels import _dispatch, _load
+from csikernels import _dispatch, _load, triton
 
 ROOT = Path(__file__).parent.parent
 needs_extension = pytest.mark.skipif(_load.extension is None, reason="the extension was not built")
@@ -178,3 +179,45 @@ def test_autocast_does_not_reach_inside_an_op():
     with torch.autocast("cpu", torch.bfloat16):
         cast = csikernels.codebook_argmax(h, book), csikernels.self_information(image, bandwidth=0.5)
     torch.testing.assert_close(cast, plain, rtol=0, atol=0)
+
+
+def test_meta_tensors_beside_others_are_refused():
+    """The fake would return at once, and the caller would take that for a result."""
+    ops = torch.ops.csikernels
+    message = "top_m: expected all tensors on one device, got score on cpu and source on meta"
+    with pytest.raises(ValueError, match=message):
+        ops.top_m(SCORE, 1, SCORE.to("meta"))
+    assert ops.top_m(SCORE.to("meta"), 1, SCORE.to("meta"))[0].device.type == "meta"
+    reference, proxies = sams(2, ODD)
+    bank = csikernels.SamBank.from_modules(reference, proxies, 0.5).to("meta")
+    h_in, base_output, slot = inputs([1, 0], ODD)
+    rest = (bank.alpha, bank.proxies.tensors(), bank.reference.tensors(), [], *bank.architecture.hyper(), False)
+    with pytest.raises(ValueError, match="lasco_forward: .* got h_in on cpu and alpha on meta"):
+        ops.lasco_forward(h_in, base_output, slot, *rest)
+    # Slots may lie on the CPU, whatever the rest.
+    output, _ = ops.lasco_forward(h_in.to("meta"), base_output.to("meta"), slot, *rest)
+    assert output.shape == h_in.shape and output.device.type == "meta"
+
+
+@pytest.fixture
+def old_gpu(monkeypatch):
+    """torch sees a GPU that has the kernels' tensor cores, and one that has not."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", ["NVIDIA X", "NVIDIA T"].__getitem__)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", [(9, 0), (7, 5)].__getitem__)
+    triton._recent_gpu.cache_clear()
+    yield
+    triton._recent_gpu.cache_clear()
+
+
+@pytest.mark.parametrize("has_triton", [True, False])
+def test_a_gpu_too_old_is_named_once(old_gpu, monkeypatch, has_triton):
+    monkeypatch.setattr(triton, "installed", lambda: has_triton)
+    with pytest.warns(UserWarning) as said:
+        for op in ("top_m", "lasco_forward", "top_m"):
+            # What the CUDA kernels hand over arrives here, too.
+            chosen = _dispatch._python_implementation(op, "cuda")
+            assert chosen is _dispatch._implementations[op]["reference"]
+    assert len(said) == 1
+    assert "got NVIDIA T (sm_75): the reference runs instead" in str(said[0].message)

@@ -20,7 +20,7 @@ _dispatch.implement(PACK, "reference")(reference.pack)
 _dispatch.implement(SEARCH, "reference")(reference.search)
 
 
-@torch.library.register_fake(f"csikernels::{PACK}")
+@_dispatch.register_fake(PACK)
 def _(codebook, precision):
     # Each backend has its own packed layout, so its size is known only once the codebook is packed.
     size = torch.library.get_ctx().new_dynamic_size()
@@ -28,7 +28,7 @@ def _(codebook, precision):
     return words, torch.empty(size, dtype=torch.uint8, device=codebook.device)
 
 
-@torch.library.register_fake(f"csikernels::{SEARCH}")
+@_dispatch.register_fake(SEARCH)
 def _(h, words, packed, environment, precision):
     return h.new_empty(h.shape[0], dtype=torch.int64), h.new_empty(h.shape[0], dtype=torch.float32)
 

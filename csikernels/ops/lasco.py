@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from csikernels._arrays import accepts_arrays
-from csikernels._dispatch import chosen_backend, define, has_compiled_kernel
+from csikernels._dispatch import chosen_backend, define, has_compiled_kernel, register_fake
 from csikernels.ops.lasco_bank import SamBank
 from csikernels.reference.lasco import kept_shape
 
@@ -217,14 +217,14 @@ def check_slot(slot: Tensor, h_in: Tensor) -> None:
         raise ValueError(f"slot: expected a tensor on cpu or {h_in.device} (where h_in is), got one on {slot.device}")
 
 
-@torch.library.register_fake("csikernels::lasco_forward")
+@register_fake("lasco_forward", on_cpu=["slot"])
 def _lasco_forward_fake(
     h_in, base_output, slot, alpha, proxies, reference, packed, heads, activation, norm_first, eps, keep_shift
 ):
     return h_in.new_empty(h_in.shape), h_in.new_empty(h_in.shape if keep_shift else (0,))
 
 
-@torch.library.register_fake("csikernels::lasco_training_forward")
+@register_fake("lasco_training_forward", on_cpu=["slot"])
 def _lasco_training_forward_fake(
     h_in, base_output, slot, alpha, proxies, reference, reference_output, heads, activation, norm_first, eps,
     keep_shift, keep,
@@ -234,7 +234,7 @@ def _lasco_training_forward_fake(
     return h_in.new_empty(h_in.shape), shift, h_in.new_empty(shape)
 
 
-@torch.library.register_fake("csikernels::lasco_backward")
+@register_fake("lasco_backward", on_cpu=["slot"])
 def _lasco_backward_fake(
     grad, h_in, slot, alpha, proxies, reference, shift, kept, heads, activation, norm_first, eps, input_grad,
     weight_grad,
@@ -244,7 +244,7 @@ def _lasco_backward_fake(
     return h_in.new_empty(h_in.shape if input_grad else (0,)), grad_alpha, grads
 
 
-@torch.library.register_fake("csikernels::lasco_squared_error")
+@register_fake("lasco_squared_error", on_cpu=["slot"])
 def _lasco_squared_error_fake(
     h_in, base_output, target, slot, alpha, proxies, reference, reference_output, heads, activation, norm_first, eps,
     alpha_grad, weight_grad,
@@ -253,7 +253,7 @@ def _lasco_squared_error_fake(
     return alpha.new_empty(alpha.shape), alpha.new_empty(alpha.shape if alpha_grad else (0,)), h_in.new_empty(floats)
 
 
-@torch.library.register_fake("csikernels::transformer_forward")
+@register_fake("transformer_forward")
 def _transformer_forward_fake(h_in, weights, scales, packed, heads, activation, norm_first, eps):
     return h_in.new_empty(h_in.shape)
 

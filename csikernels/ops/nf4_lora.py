@@ -38,24 +38,24 @@ _dispatch.implement(LINEAR, "reference")(reference.linear)
 _dispatch.implement(BACKWARD, "reference")(reference.linear_backward)
 
 
-@torch.library.register_fake(f"csikernels::{QUANTIZE}")
+@_dispatch.register_fake(QUANTIZE)
 def _(weight, block_size):
     count = weight.numel()
     packed = weight.new_empty((count + 1) // 2, dtype=torch.uint8)
     return packed, weight.new_empty((count + block_size - 1) // block_size, dtype=torch.float32)
 
 
-@torch.library.register_fake(f"csikernels::{DEQUANTIZE}")
+@_dispatch.register_fake(DEQUANTIZE)
 def _(packed, absmax, shape, block_size, dtype):
     return packed.new_empty(shape, dtype=dtype)
 
 
-@torch.library.register_fake(f"csikernels::{LINEAR}")
+@_dispatch.register_fake(LINEAR)
 def _(x, packed, absmax, block_size, lora_a, lora_b, scaling, bias):
     return x.new_empty((*x.shape[:-1], lora_b.shape[0]))
 
 
-@torch.library.register_fake(f"csikernels::{BACKWARD}")
+@_dispatch.register_fake(BACKWARD)
 def _(grad, x, packed, absmax, block_size, lora_a, lora_b, scaling, output_mask):
     wide = torch.float32
     for tensor in (grad, x, lora_a, lora_b):

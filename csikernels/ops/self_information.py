@@ -17,7 +17,7 @@ from torch import Tensor
 
 from csikernels import _load
 from csikernels._arrays import accepts_arrays
-from csikernels._dispatch import NAMESPACE, define, has_compiled_kernel
+from csikernels._dispatch import NAMESPACE, define, has_compiled_kernel, register_fake
 from csikernels.reference import self_information as _reference
 
 define("self_information(Tensor h, float bandwidth, int[] offsets) -> Tensor")
@@ -235,24 +235,24 @@ def _scatter_codeword(values, indices, mean, shape):
 # Fake kernels and autograd -------------------------------------------------------------------------------------------
 
 
-@torch.library.register_fake(f"{NAMESPACE}::self_information")
+@register_fake("self_information")
 def _(h, bandwidth, offsets):
     return torch.empty(h.shape, dtype=h.dtype if h.dtype == torch.float64 else torch.float32, device=h.device)
 
 
-@torch.library.register_fake(f"{NAMESPACE}::select_informative")
+@register_fake("select_informative")
 def _(h, m, bandwidth, offsets, source=None):
     shape = (h.shape[0], m)
     return (h if source is None else source).new_empty(shape), h.new_empty(shape, dtype=torch.int64)
 
 
-@torch.library.register_fake(f"{NAMESPACE}::top_m")
+@register_fake("top_m")
 def _(score, m, source=None):
     shape = (score.shape[0], m)
     return (score if source is None else source).new_empty(shape), score.new_empty(shape, dtype=torch.int64)
 
 
-@torch.library.register_fake(f"{NAMESPACE}::scatter_codeword")
+@register_fake("scatter_codeword")
 def _(values, indices, mean, shape):
     return values.new_empty((values.shape[0], *shape))
 

@@ -36,9 +36,9 @@ KERNELS = {
 
 def runs_on(device: str) -> bool:
     """Whether Triton kernels can run on this device type: GPUs, and CPUs where Triton interprets its kernels."""
-    if not installed():
-        return False
-    return _recent_gpu() if device == "cuda" else interpreted()
+    if device == "cuda":
+        return _recent_gpu() and installed()
+    return interpreted() and installed()
 
 
 def interpreted() -> bool:
@@ -65,7 +65,8 @@ def installed() -> bool:
 
 @functools.cache
 def _recent_gpu() -> bool:
-    """Whether every GPU that torch sees has the bfloat16 tensor cores that the kernels are written for."""
+    """Whether every GPU that torch sees has the bfloat16 tensor cores that the kernels are written for; says once where
+    one has not. The CUDA kernels look at their own tensors' GPU, and hand an older one's calls over without a word."""
     old = [
         f"{torch.cuda.get_device_name(i)} (sm_{major}{minor})"
         for i in range(torch.cuda.device_count())
@@ -74,8 +75,8 @@ def _recent_gpu() -> bool:
     ]
     if old:
         warnings.warn(
-            f"csikernels: Triton kernels need sm_80 or later on every visible GPU, got {', '.join(old)}: the reference "
-            "runs instead",
+            "csikernels: CUDA kernels need a GPU of sm_80 or later, Triton kernels every visible GPU to be one, got "
+            f"{', '.join(old)}: the reference runs instead",
             stacklevel=2,
         )
     return not old

@@ -33,14 +33,11 @@ class Launch {
   cudaStream_t stream_;
 };
 
-// Whether the kernels run on this tensor's GPU; says once per process where they do not.
+// Whether the kernels run on this tensor's GPU. Where they do not, Python says so as it picks the reference.
 inline bool runs_on(const at::Tensor& tensor) {
   int major = 0;
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, tensor.get_device());
-  if (major >= 8) return true;
-  TORCH_WARN_ONCE("csikernels: the CUDA kernels need compute capability 8.0 or later; ", tensor.device(),
-                  " has less and runs the reference implementation");
-  return false;
+  return major >= 8;
 }
 
 template <class T>
