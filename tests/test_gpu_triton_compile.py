@@ -61,11 +61,11 @@ for low in (False, True):
     following = h.bfloat16() if low else h
     tensors = {**dict.fromkeys(("x", "y", "bias", "weight", "shift", "residual"), h), "following": following}
     for width, period, post in ((512, 0, False), (500, 32, True)):
-        constants = dict(PERIOD=period, WIDTH=width, W=512, ROWS=4, NORM=True, POST=post, LOW=low)
+        constants = dict(PERIOD=period, WIDTH=width, W=512, ROWS=8, NORM=True, POST=post, LOW=low)
         arguments = {**tensors, "rows": 3, "eps": 1e-5}
-        print(json.dumps(compiled(transformer._add_norm_kernel, arguments, constants, ARCH, 4, 3)))
-    constants = dict(WIDTH=2048, ACTIVATION=2, LOW=low, BLOCK=1024)
-    arguments = {**tensors, "count": 4096}
+        print(json.dumps(compiled(transformer._add_norm_kernel, arguments, constants, ARCH, 8, 3)))
+    constants = dict(WIDTH=2048, ACTIVATION=2, LOW=low, ROWS=8, COLUMNS=128)
+    arguments = {**tensors, "rows": 4096}
     print(json.dumps(compiled(transformer._bias_activation_kernel, arguments, constants, ARCH, 4, 3)))
 """
 

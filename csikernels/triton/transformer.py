@@ -75,19 +75,23 @@ def _bias_activation_kernel(
     y,  # [M, width], a product's output
     bias,  # [width]
     following,  # [M, width], the next product's operand
-    count,  # M * width
+    rows,
     WIDTH: tl.constexpr,
     ACTIVATION: tl.constexpr,
     LOW: tl.constexpr,
-    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    a = tl.load(y + at, mask=at < count, other=0.0) + tl.load(bias + at % WIDTH, mask=at < count, other=0.0)
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = (row < rows)[:, None] & (column < WIDTH)[None, :]
+    at = row[:, None] * WIDTH + column[None, :]
+    a = tl.load(y + at, mask=inside, other=0.0) + tl.load(bias + column, mask=column < WIDTH, other=0.0)[None, :]
     if ACTIVATION == 1:
         a = tl.where(a < 0.0, 0.0, a)  # lets NaN through
     if ACTIVATION == 2:
         a = 0.5 * a * (1.0 + tl.erf(a * 0.7071067811865476))
-    tl.store(following + at, operand(a, LOW), mask=at < count)
+    tl.store(following + at, operand(a, LOW), mask=inside)
 
 
 @implement("transformer_forward", "triton")
@@ -161,21 +165,22 @@ class _Rows:
         separate = self.low or (norm is not None and not post)
         following = torch.empty_like(y, dtype=self.dtype) if separate else residual
         padded = triton.next_power_of_2(self.width)
-        block = max(1, 2048 // padded)  # 16 values a thread of four warps
+        # 16 values a thread. Every program reads three vectors of the width beside its rows.
+        block = max(1, 4096 // padded)
         weight, shift = norm if norm is not None else (bias, bias)
         _add_norm_kernel[(triton.cdiv(self.count, block),)](
             x.contiguous(), y, bias, weight, shift, residual, following, self.count, self.eps,
             PERIOD=period, WIDTH=self.width, W=padded, ROWS=block, NORM=norm is not None,
-            POST=post and norm is not None, LOW=self.low, num_warps=4, enable_fp_fusion=True,
+            POST=post and norm is not None, LOW=self.low, num_warps=8, enable_fp_fusion=True,
         )  # fmt: skip
         return residual, following
 
     def activated(self, y: Tensor, bias: Tensor, activation: str) -> Tensor:
         """activation(y + bias) as an operand."""
         following = torch.empty_like(y, dtype=self.dtype)
-        count, block = y.numel(), 1024
-        _bias_activation_kernel[(triton.cdiv(count, block),)](
-            y, bias, following, count, WIDTH=y.shape[1], ACTIVATION=_ACTIVATIONS[activation], LOW=self.low,
-            BLOCK=block, num_warps=4, enable_fp_fusion=True,
+        width, block, columns = y.shape[1], 8, 128  # the bias is read once for eight rows
+        _bias_activation_kernel[(triton.cdiv(y.shape[0], block), triton.cdiv(width, columns))](
+            y, bias, following, y.shape[0], WIDTH=width, ACTIVATION=_ACTIVATIONS[activation], LOW=self.low,
+            ROWS=block, COLUMNS=columns, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
         return following
