@@ -1,5 +1,8 @@
 """Run all tests and benches on this machine's GPU and write one Markdown file under benches/results/.
 
+The benches run once on each op's default backend and, where that is CUDA, once more in Triton: which one should be the
+default is for these numbers to say.
+
 Usage: ``python benches/gpu_report.py [--output FILE]``. Exits with 1 and a message where there is no GPU, and with 1
 after writing the report when a test or a bench failed.
 """
@@ -9,6 +12,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import os
 import re
 import subprocess
 import sys
@@ -26,10 +30,20 @@ import csikernels
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def run_pytest(arguments: list[str], report: Path) -> int:
+def run_pytest(arguments: list[str], report: Path, **environment: str) -> int:
     """Run pytest in the source tree, its output shown as it comes, and leave a JUnit file at ``report``."""
     command = [sys.executable, "-m", "pytest", "-q", f"--junitxml={report}", *arguments]
-    return subprocess.run(command, cwd=ROOT).returncode
+    return subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}).returncode
+
+
+def run_benches(folder: Path, backend: str) -> tuple[int, tuple[str, list[str]], str]:
+    """The exit status, the summary of the run, and the table of its timings; an empty name is each op's default."""
+    report, timings = folder / f"benches{backend}.xml", folder / f"timings{backend}.json"
+    chosen = {"CSIKERNELS_BACKEND": backend} if backend else {}
+    failed = run_pytest(["benches", "--benchmark-only", f"--benchmark-json={timings}"], report, **chosen)
+    results = json.loads(timings.read_text()) if timings.exists() and timings.stat().st_size else {"benchmarks": []}
+    rows = bench_rows(results)
+    return failed, summarise_tests(report), markdown(rows) if rows else "No bench ran."
 
 
 def summarise_tests(report: Path) -> tuple[str, list[str]]:
@@ -70,12 +84,12 @@ def machine_table() -> str:
     return "\n".join(["| | |", "| --- | --- |", *(f"| {key} | {value} |" for key, value in rows.items())])
 
 
-def render(machine: str, sections: Iterable[tuple[str, str, list[str]]], benches: str) -> str:
-    """The report; ``sections`` are (title, line of counts, notes)."""
+def render(machine: str, sections: Iterable[tuple[str, str, list[str]]], timings: dict[str, str]) -> str:
+    """The report; ``sections`` are (title, line of counts, notes), ``timings`` tables by their title."""
     parts = ["# GPU report", machine]
     for title, line, notes in sections:
         parts.append("\n".join([f"## {title}", "", line, *(["", *(f"- {note}" for note in notes)] if notes else [])]))
-    parts.append(f"## Timings\n\nMedians of interleaved rounds.\n\n{benches}")
+    parts += [f"## {title}\n\nMedians of interleaved rounds.\n\n{table}" for title, table in timings.items()]
     return "\n\n".join(parts) + "\n"
 
 
@@ -87,18 +101,20 @@ def main() -> int:
         why = "this torch is a CPU build" if torch.version.cuda is None else "torch sees no CUDA device"
         print(f"gpu-report: nothing was run: {why} (torch {torch.__version__})", file=sys.stderr)
         return 1
-    with tempfile.TemporaryDirectory() as folder:
-        tests, benches, timings = (Path(folder, name) for name in ("tests.xml", "benches.xml", "timings.json"))
-        failed = run_pytest(["tests"], tests)
-        failed |= run_pytest(["benches", "--benchmark-only", f"--benchmark-json={timings}"], benches)
-        sections = [("Tests", *summarise_tests(tests)), ("Benches", *summarise_tests(benches))]
-        results = json.loads(timings.read_text()) if timings.exists() and timings.stat().st_size else {"benchmarks": []}
-        rows = bench_rows(results)
+    titles = {"": ""} | ({"triton": " in Triton"} if csikernels.build_info()["cuda"] else {})
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        failed = run_pytest(["tests"], folder / "tests.xml")
+        sections, tables = [("Tests", *summarise_tests(folder / "tests.xml"))], {}
+        for backend, title in titles.items():
+            status, summary, tables[f"Timings{title}"] = run_benches(folder, backend)
+            sections.append((f"Benches{title}", *summary))
+            failed |= status
     if output is None:
         gpu = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(0).lower()).strip("-")
         output = ROOT / "benches" / "results" / f"{gpu}-{commit().split()[0]}.md"
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(render(machine_table(), sections, markdown(rows) if rows else "No bench ran."))
+    output.write_text(render(machine_table(), sections, tables))
     print(f"gpu-report: wrote {output}")
     return 1 if failed else 0
 

@@ -68,9 +68,35 @@ def test_the_machine_is_described(report, monkeypatch):
 
 def test_the_report_has_every_part(report):
     text = report.render(
-        "| GPU | X |", [("Tests", "3 passed", []), ("Benches", "1 failed", ["failed: `a`: b"])], "TABLES"
+        "| GPU | X |",
+        [("Tests", "3 passed", []), ("Benches", "1 failed", ["failed: `a`: b"])],
+        {"Timings": "FIRST", "Timings in Triton": "SECOND"},
     )
     assert text.startswith(
         "# GPU report\n\n| GPU | X |\n\n## Tests\n\n3 passed\n\n## Benches\n\n1 failed\n\n- failed: `a`: b"
     )
-    assert text.endswith("TABLES\n")
+    assert text.endswith(
+        "## Timings\n\nMedians of interleaved rounds.\n\nFIRST\n\n"
+        "## Timings in Triton\n\nMedians of interleaved rounds.\n\nSECOND\n"
+    )
+
+
+@pytest.mark.parametrize("has_cuda", [True, False])
+def test_it_runs_all_tests_and_the_benches_on_every_backend(report, monkeypatch, tmp_path, has_cuda):
+    runs = []
+
+    def run_pytest(arguments, junit, **environment):
+        runs.append((arguments[0], environment))
+        junit.write_text("<testsuite><testcase classname='c' name='n'/></testsuite>")
+        return len(runs) == 2
+
+    output = tmp_path / "report.md"
+    monkeypatch.setattr(report, "run_pytest", run_pytest)
+    monkeypatch.setattr(report, "machine_table", lambda: "| GPU | X |")
+    monkeypatch.setattr(report.csikernels, "build_info", lambda: {"cuda": "13.0" if has_cuda else None})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(sys, "argv", ["gpu_report.py", "--output", str(output)])
+    assert report.main() == 1, "a bench failed"
+    again = [("benches", {"CSIKERNELS_BACKEND": "triton"})] if has_cuda else []
+    assert runs == [("tests", {}), ("benches", {}), *again]
+    assert output.read_text().count("No bench ran.") == len(runs) - 1
