@@ -172,6 +172,7 @@ class _Rows:
             x.contiguous(), y, bias, weight, shift, residual, following, self.count, self.eps,
             PERIOD=period, WIDTH=self.width, W=padded, ROWS=block, NORM=norm is not None,
             POST=post and norm is not None, LOW=self.low, num_warps=8, enable_fp_fusion=True,
+            maxnreg=64,  # said, since the compiler may spill to get below
         )  # fmt: skip
         return residual, following
 
