@@ -6,6 +6,20 @@ F 64, d 64, ff 256, 2 blocks; 110 k weights) a sample asks for 2 x 220 KB of bfl
 and 15 MFLOP. A batch of 256 samples of as many slots reads 56 MB once: 17 us at 3.35 TB/s, against 4 us of tensor-core
 products at 990 TFLOP/s (float32: 112 MB, 34 us, against 57 us at 67 TFLOP/s without tensor cores).
 
+With two stages, the next slice of the weights is copied into the other half of a double buffer (cp.async) while one is
+multiplied. Registers a thread, and programs that a multiprocessor of an H100 holds at once, with one and two stages:
+
+    operands  width    4 warps, 1      2     8 warps, 1      2
+    bfloat16     32    150 (3)   122 (4)    128 (2)   125 (2)
+    bfloat16     64    156 (3)   168 (3)    190 (1)   177 (1)
+    bfloat16    128    248 (2)   244 (2)    206 (1)   210 (1)
+    float32      32    236 (2)      -       174 (1)   176 (1)
+    float32      64    254 (2)      -       254 (1)   254 (1)
+
+On sm_80 width 64 in four warps would spill 16 bytes with two stages (168 registers, as many as with one). Three stages
+take 204 registers of it, which leaves room for two programs instead of three. float32 products of width 128, outside
+the tensor cores, hold whole rows in registers: they spill 464 bytes in eight warps, more in four or sixteen.
+
 Sizes beyond ``runs_small_models`` and float64 take the reference.
 """
 
@@ -19,16 +33,24 @@ from torch import Tensor
 from csikernels._dispatch import implement
 from csikernels.reference import lasco as in_pytorch
 from csikernels.triton import runs_small_models
-from csikernels.triton.lasco_block import encode, load_tile, operand, project, store_tile
+from csikernels.triton.lasco_block import Sizes, encode, load_tile, operand, project, store_tile
 from csikernels.triton.lasco_checks import checked_sizes, checked_weights
-from csikernels.triton.launch import beside, on, tuned
+from csikernels.triton.launch import architecture, beside, on, tuned
 
-# A product of 32 token rows has work for four warps; with eight a thread holds less. Loads are not issued a product
-# ahead (num_stages=1): the registers that takes would spill; two or three programs on a multiprocessor hide the wait.
-CONFIGS = [triton.Config({}, num_warps=warps, num_stages=1) for warps in (4, 8)]
+# A product of 32 token rows has work for four warps; with eight a thread holds less.
+CONFIGS = [triton.Config({}, num_warps=warps, num_stages=stages) for warps in (4, 8) for stages in (1, 2)]
 
 
-@tuned(CONFIGS, key=["S", "KNOWN"])
+def fits(config: triton.Config, S: Sizes, arch: int) -> bool:
+    """Whether a second stage leaves the registers (or takes them from nobody): see above."""
+    if config.num_stages == 1:
+        return True
+    if not S.low:
+        return config.num_warps == 8 and S.D <= 64
+    return config.num_warps == 8 or S.D != 64 or arch >= 90
+
+
+@tuned(CONFIGS, key=["S", "KNOWN"], fits=lambda config, given: fits(config, given["S"], architecture()))
 @triton.jit
 def _forward_kernel(
     h_in,  # [B, tokens, features]

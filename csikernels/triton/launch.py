@@ -24,9 +24,25 @@ def beside(value: Tensor, tensor: Tensor) -> Tensor:
     return value.contiguous().pin_memory().to(tensor.device, non_blocking=True)
 
 
-def tuned(configs: Sequence[triton.Config], key: Sequence[str]) -> Callable:
+def architecture() -> int:
+    """Of the current GPU, as 90 for sm_90; without one that of an H100, the roofline's."""
+    if not torch.cuda.is_available():
+        return 90
+    major, minor = torch.cuda.get_device_capability()
+    return 10 * major + minor
+
+
+def tuned(
+    configs: Sequence[triton.Config], key: Sequence[str], fits: Callable[[triton.Config, dict], bool] | None = None
+) -> Callable:
     """``triton.autotune``, keyed by what a kernel is compiled for. The choice is made at a kernel's first launch and
     kept on disk beside its machine code; nothing is timed, and no GPU is needed, before. Timing runs a kernel again and
-    again, so it must not read what it wrote before."""
+    again, so it must not read what it wrote before. Of the configurations those are tried that ``fits`` takes, given a
+    launch's keyword arguments."""
+
+    def fitting(all_configs: list[triton.Config], _positional: dict, **given) -> list[triton.Config]:
+        return [config for config in all_configs if fits is None or fits(config, given)]
+
     configs = configs[:1] if interpreted() else configs
-    return triton.autotune(configs=list(configs), key=list(key), cache_results=True)
+    pruning = {"early_config_prune": fitting}
+    return triton.autotune(configs=list(configs), key=list(key), prune_configs_by=pruning, cache_results=True)
