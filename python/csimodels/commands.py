@@ -16,6 +16,7 @@ from rich.table import Table
 
 import csikernels
 from csimodels.console import OneLineErrors, console, errors, print_scores, progress, reported
+from csimodels.feedback_commands import decode, encode, train
 from csimodels.files import digest, write_json, write_text
 
 app = typer.Typer(
@@ -385,6 +386,10 @@ def evaluate(
             if data is not None and origin.get("sha256") == source["sha256"]:
                 h = _without_adapted(h, data, sum(origin["split"][:2]), origin.get("environment"))
         print_scores(score_models(base_model, reference_model, codec, h, proxy))
+
+
+for command in (train, encode, decode):
+    app.command()(command)
 
 
 @app.command()
