@@ -201,6 +201,17 @@ def test_without_scale_invariance_the_scale_matters():
     assert (model(10 * h) / 10 - model(h)).abs().max() > 1e-3
 
 
+def test_autocast_to_bfloat16():
+    model, h = build(), csi(3)
+    exact = model(h)
+    with torch.autocast("cpu", torch.bfloat16):
+        codeword = model.encode(h)
+        rounded = model.decode(codeword)
+    assert codeword.values.dtype == codeword.mean.dtype == torch.float32
+    assert torch.equal(codeword.indices, model.encode(h).indices)  # the ranking is not rounded
+    assert (rounded - exact).norm() < 0.05 * exact.norm()
+
+
 def test_samples_do_not_see_each_other():
     model, h = build(), csi(4)
     alone = torch.cat([model(h[i : i + 1]) for i in range(4)])
@@ -240,6 +251,7 @@ def test_random_mask_sends_elements_of_the_channel_itself():
     assert all(len(set(row.tolist())) == 20 for row in indices)
     assert not torch.equal(indices[0], indices[1])
     assert model.ue_parameters() == 0
+    assert model.stage1_modules() == [model.preliminary_decoder]
 
 
 def test_random_mask_repeats_in_evaluation_and_not_in_training():

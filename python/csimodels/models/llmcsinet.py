@@ -176,7 +176,7 @@ class LlmCsiNet(nn.Module):
 
     def __init__(self, config: LlmCsiNetConfig, *, pretrained: bool = True):
         super().__init__()
-        self.encoder = SelfInformationEncoder(config)
+        self.encoder = None if config.mask == "random" else SelfInformationEncoder(config)
         self.preliminary_decoder = PreliminaryDecoder() if config.preliminary else None
         self.prediction = TokenPrediction(config, pretrained=pretrained) if config.prediction else None
         if self.prediction is not None:  # its sizes may have come from a source
@@ -213,7 +213,7 @@ class LlmCsiNet(nn.Module):
         if not self.config.scale_invariant:
             scale = torch.ones_like(scale)
         scale = scale.to(h.dtype)[:, None]
-        if self.config.mask == "random":
+        if self.encoder is None:
             values, indices = self._random_elements(h, most, generator)
         else:
             values, indices = self.encoder(_divide(h, scale[:, :, None, None]), most, m)
@@ -246,7 +246,7 @@ class LlmCsiNet(nn.Module):
         Table IV says 3.16 k. Of the difference, 576 are SICNet's fixed convolution from nine kernel maps to 64 equal
         feature maps, which "without gradients and biases" holds ones only: here one map is computed, nothing stored.
         """
-        return 0 if self.config.mask == "random" else parameter_count(self.encoder)
+        return 0 if self.encoder is None else parameter_count(self.encoder)
 
     def bs_parameters(self) -> int:
         """Parameters at the BS; 19.85 M, 59.20 M and 118.24 M for S, M and L with GPT-2 Large's sizes (Table IV)."""
@@ -254,8 +254,7 @@ class LlmCsiNet(nn.Module):
 
     def stage1_modules(self) -> list[nn.Module]:
         """What stage 1 of Algorithm 1 trains: f_EN and f_PD, where the configuration has them."""
-        encoder = None if self.config.mask == "random" else self.encoder
-        return [part for part in (encoder, self.preliminary_decoder) if part is not None]
+        return [part for part in (self.encoder, self.preliminary_decoder) if part is not None]
 
     def freeze_stage1(self, frozen: bool) -> None:
         """Freeze or unfreeze f_EN and f_PD for stage 2; frozen, their batch normalisation keeps its statistics."""
