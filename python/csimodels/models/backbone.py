@@ -288,13 +288,17 @@ def _load(transformers: Any, config: BackboneConfig, path: str, settings: Any) -
 
 
 def _quietly(transformers: Any, load: Any) -> Any:
-    """Without the report that the layers left out are unused, which they are meant to be."""
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
+    """Without a progress bar, and without a report on the layers that are left out on purpose."""
+    logging = transformers.logging
+    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         return load()
     finally:
-        transformers.logging.set_verbosity(verbosity)
+        logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()
 
 
 def _layers_only(model: Any, family: str) -> nn.Module:

@@ -21,7 +21,15 @@ from csimodels.models.backbone import Backbone, BackboneConfig
 from csimodels.models.channel_transformer import parameter_count
 from csimodels.models.quantizer import LloydMax
 
-__all__ = ["BackboneConfig", "Codeword", "LlmCsiNet", "LlmCsiNetConfig", "codeword_bits", "compression_ratio"]
+__all__ = [
+    "BackboneConfig",
+    "Codeword",
+    "LlmCsiNet",
+    "LlmCsiNetConfig",
+    "codeword_bits",
+    "codeword_scale",
+    "compression_ratio",
+]
 
 VARIANTS = {"S": 1, "M": 3, "L": 6}
 # Table II: fed back values for sigma = 1/8 ... 1/64 of 2 x 32 x 32, at 64 bits a value and 10 an index.
@@ -52,7 +60,8 @@ class LlmCsiNetConfig:
         delays, antennas: Nc rows and Nt columns of ``H`` in the angle-delay domain.
         codeword_values: M, the elements fed back unless a call says otherwise.
         bandwidth: standard deviation of the Gaussian kernel (eq. 7, where it is h), in units of the sample's root mean
-            square. The paper does not state it.
+            square. The paper does not state it. With 1, the 221 elements picked from the built-in generator's outdoor
+            CSI without line of sight hold 93.8% of its energy, the 221 largest 94.7%; with 0.1 or 8 it is 90%.
         radius: R of the neighbourhood.
         neighbours: which nine of its elements are taken: ``"grid"``, {-R, 0, R}^2, or ``"random"``, nine distinct ones
             drawn once by ``seed``. The paper says "uniformly".
@@ -76,7 +85,7 @@ class LlmCsiNetConfig:
     delays: int = 32
     antennas: int = 32
     codeword_values: int = 221
-    bandwidth: float = 0.5
+    bandwidth: float = 1.0
     radius: int = 3
     neighbours: str = "grid"
     keep_fraction: float = 0.5
@@ -167,7 +176,7 @@ class LlmCsiNet(nn.Module):
 
     def __init__(self, config: LlmCsiNetConfig, *, pretrained: bool = True):
         super().__init__()
-        self.encoder = SelfInformationEncoder(config)
+        self.encoder = None if config.mask == "random" else SelfInformationEncoder(config)
         self.preliminary_decoder = PreliminaryDecoder() if config.preliminary else None
         self.prediction = TokenPrediction(config, pretrained=pretrained) if config.prediction else None
         if self.prediction is not None:  # its sizes may have come from a source
@@ -204,7 +213,7 @@ class LlmCsiNet(nn.Module):
         if not self.config.scale_invariant:
             scale = torch.ones_like(scale)
         scale = scale.to(h.dtype)[:, None]
-        if self.config.mask == "random":
+        if self.encoder is None:
             values, indices = self._random_elements(h, most, generator)
         else:
             values, indices = self.encoder(_divide(h, scale[:, :, None, None]), most, m)
@@ -237,7 +246,7 @@ class LlmCsiNet(nn.Module):
         Table IV says 3.16 k. Of the difference, 576 are SICNet's fixed convolution from nine kernel maps to 64 equal
         feature maps, which "without gradients and biases" holds ones only: here one map is computed, nothing stored.
         """
-        return 0 if self.config.mask == "random" else parameter_count(self.encoder)
+        return 0 if self.encoder is None else parameter_count(self.encoder)
 
     def bs_parameters(self) -> int:
         """Parameters at the BS; 19.85 M, 59.20 M and 118.24 M for S, M and L with GPT-2 Large's sizes (Table IV)."""
@@ -245,8 +254,7 @@ class LlmCsiNet(nn.Module):
 
     def stage1_modules(self) -> list[nn.Module]:
         """What stage 1 of Algorithm 1 trains: f_EN and f_PD, where the configuration has them."""
-        encoder = None if self.config.mask == "random" else self.encoder
-        return [part for part in (encoder, self.preliminary_decoder) if part is not None]
+        return [part for part in (self.encoder, self.preliminary_decoder) if part is not None]
 
     def freeze_stage1(self, frozen: bool) -> None:
         """Freeze or unfreeze f_EN and f_PD for stage 2; frozen, their batch normalisation keeps its statistics."""
@@ -272,7 +280,7 @@ class LlmCsiNet(nn.Module):
         values, indices, mean = codeword
         if not self.config.scale_invariant:
             return codeword, torch.ones_like(mean)
-        scale = _root_mean_square(values.detach()).to(values.dtype)
+        scale = codeword_scale(codeword)
         scale = torch.where(scale > 0, scale, mean.abs())
         return Codeword(_divide(values, scale[:, None]), indices, _divide(mean, scale)), scale
 
@@ -327,7 +335,9 @@ class SelfInformationEncoder(nn.Module):
     def __init__(self, config: LlmCsiNetConfig):
         super().__init__()
         self.extract = _convolution(2, config.features)
-        self.image = _convolution(config.features, 2)
+        self.image = nn.Sequential(
+            _NarrowConvolution(config.features, 2, 3, padding=1), nn.BatchNorm2d(2), nn.LeakyReLU(_SLOPE)
+        )
         self.selection, self.bandwidth, self.radius = config.selection, config.bandwidth, config.radius
         self.kept = math.ceil(config.keep_fraction * config.elements)
         self.offsets = _random_neighbours(config.radius, config.seed) if config.neighbours == "random" else None
@@ -348,6 +358,22 @@ class SelfInformationEncoder(nn.Module):
             return csikernels.top_m(image.detach().abs(), most, source=image)
         indices = ranked[:, :most].contiguous()
         return image.gather(1, indices), indices
+
+
+class _NarrowConvolution(nn.Conv2d):
+    """The same function as its base, for few output maps, an odd kernel and padding that keeps the size.
+
+    oneDNN computes 16 output maps at a time, whatever is asked for. One product gives all taps' contributions instead,
+    which are then shifted into place: 2.5 times as fast for one sample, 3.8 times for 64.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not x.is_cpu:
+            return super().forward(x)
+        # A tap that looks one step ahead contributes one step behind.
+        taps = self.weight.flip(2, 3).permute(0, 2, 3, 1).flatten(0, 2)
+        image = F.fold(taps @ x.flatten(2), x.shape[2:], self.kernel_size, padding=self.kernel_size[0] // 2)
+        return image if self.bias is None else image + self.bias[:, None, None]
 
 
 class PreliminaryDecoder(nn.Module):
@@ -400,8 +426,11 @@ class TokenPrediction(nn.Module):
         self.class_last = self.backbone.config.attention == "causal"
 
     def forward(self, preliminary: torch.Tensor) -> torch.Tensor:
-        deviation, mean = torch.std_mean(preliminary, dim=(1, 2, 3), keepdim=True, correction=0)
-        deviation = deviation + 1e-6  # H_p is of unit scale; one without any variance stays defined
+        if not len(preliminary):
+            return preliminary  # the layers of transformers cannot reshape an empty batch
+        variance, mean = torch.var_mean(preliminary, dim=(1, 2, 3), keepdim=True, correction=0)
+        # H_p is of unit scale. One of no variance stays defined, and so does its gradient.
+        deviation = (variance + 1e-12).sqrt()
         rows, columns = self.grid
         _, delays, antennas = self.shape
         padding = (0, columns * self.patch - antennas, 0, rows * self.patch - delays)
@@ -416,6 +445,14 @@ class TokenPrediction(nn.Module):
         h = patches.permute(0, 3, 1, 4, 2, 5).reshape(-1, 2, rows * self.patch, columns * self.patch)
         h = h[:, :, :delays, :antennas] * deviation + mean
         return preliminary + h - mean if self.residual else h
+
+
+def codeword_scale(codeword: Codeword) -> torch.Tensor:
+    """Root mean square of the fed back values ``[B]``, each counted once: the same however long the padding is."""
+    values, indices, _ = codeword
+    once = indices != indices[:, :1]
+    once[:, :1] = True
+    return (_root_mean_square(values.detach() * once) * (values.shape[1] / once.sum(1)).sqrt()).to(values.dtype)
 
 
 def compression_ratio(

@@ -28,7 +28,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from csimodels.models.llmcsinet import Codeword, LlmCsiNetConfig
+from csimodels.models.llmcsinet import Codeword, LlmCsiNetConfig, codeword_scale
 from csimodels.models.quantizer import LloydMax
 
 _MAGIC = b"CSIF"
@@ -92,8 +92,7 @@ def relative_values(codeword: Codeword) -> tuple[torch.Tensor, torch.Tensor]:
 
     A codeword of zeros has scale 0.
     """
-    values = codeword.values.detach().float()
-    scale = values.double().square().mean(1).sqrt().float()
+    values, scale = codeword.values.detach().float(), codeword_scale(codeword).float()
     return values / torch.where(scale > 0, scale, torch.ones_like(scale))[:, None], scale
 
 
