@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from tiny_llmcsinet import BACKBONE
 from tiny_training import channels
 
 from csimodels.channels.angle_delay import angle_delay
 from csimodels.channels.hdf5 import write_channels
-from csimodels.models.backbone import BackboneConfig
 from csimodels.models.llmcsinet import LlmCsiNetConfig
 from csimodels.training.llmcsinet import FeedbackData, FeedbackTraining, Stage, normalize_energy
 from csimodels.training.loop import TrainConfig
@@ -19,7 +19,7 @@ CONFIG = LlmCsiNetConfig(
     antennas=8,
     codeword_values=32,
     features=8,
-    backbone=BackboneConfig(family="gpt2", layers=1, width=16, heads=2, feedforward=32),
+    backbone=BACKBONE,
     quantizer_levels=64,
 )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-from csimodels.evaluation import lasco_experiments
+from csimodels.evaluation import lasco_experiments, llmcsinet_experiments, llmcsinet_settings
 from csimodels.evaluation.outcome import Context, Outcome
 from csimodels.training.checkpoint_store import CheckpointStore
 
@@ -31,6 +31,14 @@ def _lasco(function: Callable[[lasco_experiments.Settings], Outcome]) -> Callabl
     return run
 
 
+def _llmcsinet(function: Callable[[llmcsinet_settings.Settings], Outcome]) -> Callable[[Context], Outcome]:
+    return lambda context: function(llmcsinet_settings.settings(context))
+
+
 EXPERIMENTS: dict[str, Experiment] = {
     **{name: Experiment(text, _lasco(function)) for name, (text, function) in lasco_experiments.EXPERIMENTS.items()},
+    **{
+        name: Experiment(text, _llmcsinet(function))
+        for name, (text, function) in llmcsinet_experiments.EXPERIMENTS.items()
+    },
 }

@@ -18,7 +18,7 @@ from torch import nn
 
 from csimodels.channels.rays import normalize_power
 from csimodels.evaluation.metrics import nmse_db
-from csimodels.files import load_tensors, write_json
+from csimodels.files import load_metadata, write_json
 from csimodels.models.baselines import BASELINES
 from csimodels.models.llmcsinet import LlmCsiNet, LlmCsiNetConfig
 from csimodels.models.payload import relative_values
@@ -95,6 +95,13 @@ class FeedbackTraining:
             dataclasses.replace(stage, train=dataclasses.replace(stage.train, seed=seed)) for stage in self.stages
         )
         return dataclasses.replace(self, stages=stages, seed=seed)
+
+    def described(self) -> dict[str, Any]:
+        """All fields, JSON-serialisable; the initial checkpoint by how it was trained, not by where it lies."""
+        fields = dataclasses.asdict(self)
+        if self.initial is not None:
+            fields["initial"] = load_metadata(self.initial).get(FINGERPRINT)
+        return fields
 
     def build(self) -> nn.Module:
         """The untrained network; its weights are a function of ``seed``."""
@@ -175,7 +182,7 @@ def train_feedback(
         FloatingPointError: a loss or a validation NMSE became infinite or NaN.
     """
     _check(data)
-    fingerprint = json.loads(json.dumps({"training": _described(training), "data": data.description}))
+    fingerprint = json.loads(json.dumps({"training": training.described(), "data": data.description}))
     path = run_dir / WEIGHTS
     if path.exists():
         network, metadata = load_feedback(path)
@@ -207,14 +214,6 @@ def _fit_quantizer(network: nn.Module, h: torch.Tensor, batch: int = 256) -> Non
     """Fit the quantiser that travels with the model, if it has one, to the codewords of ``h``."""
     if isinstance(network, LlmCsiNet) and network.quantizer is not None:
         network.quantizer.fit(torch.cat([relative_values(network.encode(part))[0] for part in h.split(batch)]))
-
-
-def _described(training: FeedbackTraining) -> dict[str, Any]:
-    fields = dataclasses.asdict(training)
-    if training.initial is not None:
-        # By what it holds: it may have been trained anew, or lie elsewhere.
-        fields["initial"] = load_tensors(training.initial)[1].get(FINGERPRINT)
-    return fields
 
 
 def _log(result: TrainResult) -> dict[str, Any]:
@@ -292,8 +291,6 @@ def _set_trainable(network: nn.Module, stage: Stage) -> None:
     if not isinstance(network, LlmCsiNet):
         return
     network.freeze_stage1(stage.frozen)
-    if network.config.mask == "random":
-        network.encoder.requires_grad_(False)  # plays no part
     if stage.part == "preliminary" and network.prediction is not None:
         network.prediction.requires_grad_(False)
 
