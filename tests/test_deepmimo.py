@@ -115,7 +115,7 @@ def test_a_speed_turns_every_path_by_its_doppler_shift(tmp_path):
     )
     still = scenario.channels(ARRAY, GRID)
     assert torch.equal(still, read_scenario(tmp_path / "o1").channels(ARRAY, GRID))
-    # A path of power -inf elsewhere: with one path, time turns the whole channel by one phase.
+    # With one path, time turns the whole channel by one phase.
     single = read_scenario(tmp_path / "o1", max_paths=1, speed_kmh=30.0, seed=3)
     turn = torch.polar(torch.ones(4, 1, dtype=torch.float64), 2 * math.pi * 1e-3 * single.rays.doppler)
     expected = single.channels(ARRAY, GRID) * turn[..., None].to(torch.complex64)
