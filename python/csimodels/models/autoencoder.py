@@ -21,7 +21,8 @@ class CsiAutoencoder(nn.Module):
         delays, antennas: Nc and Nt.
         scale: where a network works on images within [0, 1], as the files of CsiNet and CRNet have them
             (:mod:`csimodels.channels.cost2100`), ``h / scale + 0.5`` is one; by default ``2 sqrt(Nc Nt)``, which no
-            sample of energy ``Nc Nt`` exceeds. For a public checkpoint take 1 and ``h = x - 0.5``.
+            sample of energy ``Nc Nt`` exceeds. For a public checkpoint take 1 and ``h = x - 0.5``, with angles before
+            delays as in the files.
 
     Raises:
         ValueError: M is below 1 or above the elements of ``h``, a size below 1, or a scale that is not positive.

@@ -43,8 +43,7 @@ class CRNet(CsiAutoencoder):
         self.decoder_feature = self._features()
         self.apply(_initialise)
 
-    @staticmethod
-    def _features() -> nn.Module:
+    def _features(self) -> nn.Module:
         layers = chain(conv5x5_bn=conv_bn(2, 2, 5, 5))
         layers.add_module("relu", nn.LeakyReLU(SLOPE))
         layers.add_module("CRBlock1", CRBlock())

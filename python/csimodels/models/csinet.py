@@ -64,11 +64,9 @@ class CsiNet(CsiAutoencoder):
         arrays = _keras_weights(Path(path))
         targets: list[torch.Tensor] = []
         for module in self.modules():
-            if isinstance(module, nn.Conv2d | nn.Linear):
-                targets += [module.weight, module.bias]
-            elif isinstance(module, nn.BatchNorm2d):
-                # Keras stores scale, offset, moving mean and moving variance.
-                targets += [module.weight, module.bias, module.running_mean, module.running_var]  # type: ignore[list-item]
+            targets += module.parameters(recurse=False)
+            if isinstance(module, nn.BatchNorm2d):  # Keras stores scale, offset, moving mean and moving variance
+                targets += [module.get_buffer("running_mean"), module.get_buffer("running_var")]
         given = [_from_keras(array) for array in arrays]
         expected = [tuple(target.shape) for target in targets]
         if [array.shape for array in given] != expected:

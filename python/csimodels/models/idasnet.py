@@ -31,5 +31,5 @@ class IdasNet(LlmCsiNet):
     """
 
     def __init__(self, codeword_values: int, *, delays: int = 32, antennas: int = 32, **choices: Any):
-        fields = {"selection": "image", "prediction": False} | choices
+        fields: dict[str, Any] = {"selection": "image", "prediction": False} | choices
         super().__init__(LlmCsiNetConfig(delays, antennas, codeword_values, **fields))

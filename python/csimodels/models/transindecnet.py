@@ -7,6 +7,7 @@ the UE; a dense layer and a Transformer over the Nc delays at the BS.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import cast
 
 import torch
 from torch import nn
@@ -63,7 +64,7 @@ class TransInDecNet(CsiAutoencoder):
         _, delays, antennas = self.shape
         # The dense layer has weights of its own for every delay: tokens need no positions beside it.
         tokens = self.decoder_fc(codeword).unflatten(1, (delays, 2 * antennas))
-        for layer in self.layers:
+        for layer in cast("list[nn.TransformerEncoderLayer]", self.layers):
             tokens = apply_layer(layer, tokens)
         return tokens.unflatten(2, (2, antennas)).transpose(1, 2).contiguous()
 
