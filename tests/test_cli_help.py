@@ -14,7 +14,7 @@ from tiny_training import environment
 
 import csikernels
 
-COMMANDS = ("info", "generate", "pretrain", "adapt", "evaluate", "experiment", "demo")
+COMMANDS = ("info", "generate", "pretrain", "adapt", "evaluate", "train", "encode", "decode", "experiment", "demo")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

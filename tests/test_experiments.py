@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 from csimodels.commands import app
 from csimodels.evaluation import lasco_experiments
 from csimodels.evaluation.lasco_experiments import EXPERIMENTS, SAM_SIZES, Settings
-from csimodels.evaluation.lasco_runs import mean, pooled_nmse_db, run_task
+from csimodels.evaluation.lasco_runs import pooled_nmse_db, run_task
+from csimodels.evaluation.task_rows import mean
 from csimodels.models.channel_transformer import TransformerConfig
 from csimodels.models.lasco import ADAPTED_METHODS, LABELS, METHODS
 

@@ -13,7 +13,8 @@ import pytest
 from tiny_lasco import SAMPLES, adapt_config, save_random
 
 from csimodels.evaluation import lasco_runs
-from csimodels.evaluation.lasco_runs import AdaptTask, mean, run_task, run_tasks
+from csimodels.evaluation.lasco_runs import AdaptTask, run_task, run_tasks
+from csimodels.evaluation.task_rows import mean
 from csimodels.models.channel_transformer import TransformerConfig
 from csimodels.training import checkpoint_store
 from csimodels.training.checkpoint_store import CheckpointStore

@@ -16,6 +16,7 @@ from rich.table import Table
 
 import csikernels
 from csimodels.console import OneLineErrors, console, errors, print_scores, progress, reported
+from csimodels.feedback_commands import decode, encode, train
 from csimodels.files import digest, write_json, write_text
 
 app = typer.Typer(
@@ -387,6 +388,10 @@ def evaluate(
         print_scores(score_models(base_model, reference_model, codec, h, proxy))
 
 
+for command in (train, encode, decode):
+    app.command()(command)
+
+
 @app.command()
 def experiment(
     name: Annotated[str | None, typer.Argument(help="which one; --list names them all")] = None,
@@ -402,36 +407,38 @@ def experiment(
     Example: csimodels experiment lasco-fig6
     """
     with reported():
-        from csimodels.evaluation.lasco_experiments import EXPERIMENTS, settings
-        from csimodels.training.checkpoint_store import CheckpointStore
+        from csimodels.evaluation.experiments import EXPERIMENTS
+        from csimodels.evaluation.outcome import Context
 
         if show_list:
             table = Table("experiment", "what")
-            for key, (description, _) in EXPERIMENTS.items():
-                table.add_row(key, description)
+            for key, entry in EXPERIMENTS.items():
+                table.add_row(key, entry.description)
             console.print(table)
             return
         if name is None:
             raise ValueError("name: expected an experiment; csimodels experiment --list names them")
         if name not in EXPERIMENTS:
             raise ValueError(f"name: expected one of {', '.join(EXPERIMENTS)}, got {name!r}")
-        description, function = EXPERIMENTS[name]
+        chosen = EXPERIMENTS[name]
         with progress(name) as update:
-            store = CheckpointStore(
-                out / "checkpoints",
+            context = Context(
                 preset,
+                out,
+                workers,
                 on_start=errors.print,
-                on_step=lambda step, total, loss: update(step, total, f"pre-training, loss {loss:.4f}"),
+                on_step=lambda step, total, loss: update(step, total, f"training, loss {loss:.4f}"),
+                on_done=lambda done, total, task: update(done, total),
             )
-            outcome = function(
-                settings(preset, store, out, workers=workers, on_done=lambda done, total, task: update(done, total))
-            )
-        report = f"# {description}\n\nPreset: {preset}.\n\n{outcome.report}"
+            outcome = chosen.run(context)
+        report = f"# {chosen.description}\n\nPreset: {preset}.\n\n{outcome.report}"
         write_json(out / f"{name}.json", {"experiment": name, "preset": preset, "rows": outcome.rows})
         write_text(out / f"{name}.md", report)
-        figure = outcome.draw(out)
+        written = [f"{out}/{name}.json", f"{out}/{name}.md"]
+        if outcome.draw is not None:
+            written.append(str(outcome.draw(out)))
         console.print(report, markup=False, soft_wrap=True)
-        console.print(f"wrote {out}/{name}.json, {out}/{name}.md and {figure}", soft_wrap=True)
+        console.print(f"wrote {', '.join(written[:-1])} and {written[-1]}", soft_wrap=True)
 
 
 @app.command()

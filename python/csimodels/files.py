@@ -70,13 +70,25 @@ def load_tensors(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict
         ValueError: the file is empty, truncated or no safetensors file of this project.
     """
     path = Path(path)
+    with _opened(path) as (file, metadata):
+        # Copies: safetensors maps the file, and who then overwrites or cuts it would change or crash this process.
+        return {name: file.get_tensor(name).clone() for name in file.keys()}, metadata  # noqa: SIM118
+
+
+def load_metadata(path: str | os.PathLike) -> dict[str, Any]:
+    """The metadata alone, without reading the tensors; raises what :func:`load_tensors` raises."""
+    with _opened(Path(path)) as (_, metadata):
+        return metadata
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """A safetensors file of this project and its metadata."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
-            # Copies: safetensors maps the file, and who then overwrites or cuts it would change or crash this process.
-            return {name: file.get_tensor(name).clone() for name in file.keys()}, metadata  # noqa: SIM118
+            yield file, {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
     except (SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: not a readable safetensors file of csimodels ({error})") from None
 

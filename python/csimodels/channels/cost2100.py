@@ -6,8 +6,6 @@
 - ``HF_all``: the same test channels before the delays were cut, in the frequency domain: complex ``[N, 4000]``, that is
   ``[32 angle, 125 subcarrier]``. An angle-delay channel padded to 257 delays and transformed gives its first 125 bins
   (:func:`csimodels.evaluation.metrics.delay_to_frequency`).
-
-MAT-files of version 5 and 7 are read by SciPy, those of version 7.3, which are HDF5, by h5py.
 """
 
 from __future__ import annotations
@@ -15,14 +13,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import h5py
 import numpy as np
-import scipy.io
 import torch
 
+from csimodels.channels.matfile import read_variable
+
 ANGLES, DELAYS, SUBCARRIERS = 32, 32, 125
-_V73 = b"MATLAB 7.3 MAT-file"
-_V5 = b"MATLAB 5.0 MAT-file"
 _ROUNDING = 1e-6  # of a float32 at 1, with room for a data set that was scaled in float32
 
 
@@ -41,7 +37,7 @@ def read_angle_delay(path: str | os.PathLike) -> torch.Tensor:
         ValueError: the file is empty, truncated or no MAT-file; it has no ``HT`` (names what it has); ``HT`` has
             another shape or type; samples are not finite or outside [0, 1] (how many, and the first one's index).
     """
-    values = _load(Path(path), "HT")
+    values = read_variable(Path(path), "HT")
     size = 2 * ANGLES * DELAYS
     if np.iscomplexobj(values) or values.ndim < 2 or values.shape[1:] not in ((size,), (2, ANGLES, DELAYS)):
         raise ValueError(f"{path}: HT: expected real [N, {size}], got {values.dtype} {values.shape}")
@@ -65,7 +61,7 @@ def read_frequency(path: str | os.PathLike) -> torch.Tensor:
     Raises:
         FileNotFoundError, ValueError: as :func:`read_angle_delay`.
     """
-    values = _load(Path(path), "HF_all")
+    values = read_variable(Path(path), "HF_all")
     size = ANGLES * SUBCARRIERS
     if not np.iscomplexobj(values) or values.ndim < 2 or values.shape[1:] not in ((size,), (ANGLES, SUBCARRIERS)):
         raise ValueError(f"{path}: HF_all: expected complex [N, {size}], got {values.dtype} {values.shape}")
@@ -133,43 +129,3 @@ def smallest_scale(h: torch.Tensor) -> float:
 def _check_scale(scale: float) -> None:
     if not 0 < scale < float("inf"):
         raise ValueError(f"scale: expected a positive number, got {scale}")
-
-
-def _load(path: Path, name: str) -> np.ndarray:
-    """One variable of a MAT-file, its dimensions in MATLAB's order."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    if path.stat().st_size == 0:
-        raise ValueError(f"{path}: the file is empty")
-    with path.open("rb") as file:
-        header = file.read(len(_V5))
-    if header not in (_V5, _V73):
-        raise ValueError(f"{path}: not a MAT-file of version 5, 7 or 7.3")
-    try:
-        names, values = _load_v73(path, name) if header == _V73 else _load_v5(path, name)
-    except (MemoryError, PermissionError):
-        raise
-    except Exception as error:  # SciPy raises whatever the broken bytes lead it to
-        raise ValueError(f"{path}: truncated or damaged ({type(error).__name__}: {error})") from None
-    if values is None:
-        raise ValueError(f"{path}: expected a variable {name}, got {', '.join(sorted(names)) or 'none'}")
-    if not isinstance(values, np.ndarray) or values.dtype.kind not in "fiuc" or values.size == 0:
-        raise ValueError(f"{path}: {name}: expected a numeric array that is not empty")
-    return values
-
-
-def _load_v5(path: Path, name: str) -> tuple[list[str], np.ndarray | None]:
-    names = [entry[0] for entry in scipy.io.whosmat(path)]
-    return names, scipy.io.loadmat(path, variable_names=[name])[name] if name in names else None
-
-
-def _load_v73(path: Path, name: str) -> tuple[list[str], np.ndarray | None]:
-    with h5py.File(path, "r") as file:
-        names = [key for key in file if not key.startswith("#")]
-        if not isinstance(file.get(name), h5py.Dataset):
-            return names, None
-        stored = file[name][()]
-    if stored.dtype.names == ("real", "imag"):
-        stored = stored["real"] + 1j * stored["imag"]
-    # HDF5 lists the dimensions of MATLAB's column-major arrays backwards.
-    return names, stored.T

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from csimodels.channels.rays import SPEED_OF_LIGHT, AntennaArray, Rays, SubcarrierGrid, phasor, synthesize
+from csimodels.channels.rays import SPEED_OF_LIGHT, AntennaArray, Rays, Spectrum, SubcarrierGrid, phasor, synthesize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,20 +147,31 @@ class DiscEnvironment:
         offset = self.centre - self._bs
         return math.atan2(offset[1], offset[0]), math.acos(offset[2] / np.linalg.norm(offset))
 
-    def sample(self, count: int, *, seed: int = 0, dtype: torch.dtype = torch.complex64) -> torch.Tensor:
+    def sample(
+        self,
+        count: int,
+        *,
+        seed: int = 0,
+        dtype: torch.dtype = torch.complex64,
+        grid: Spectrum | None = None,
+        travel: float = 0.0,
+    ) -> torch.Tensor:
         """Channels at ``count`` UE positions uniform over the disc.
 
         Args:
             count: number of samples; 0 gives an empty batch.
             seed: numbers the draw, not negative; the same environment and seed give the same samples.
             dtype: ``torch.complex64`` or ``torch.complex128``.
+            grid: what the columns are, if not the cell's subcarriers.
+            travel: metres that every UE has moved on from its position, in a horizontal direction of its own. Speed
+                times time turns the phase of each ray by its Doppler shift; the positions stay those of ``travel=0``.
 
         Returns:
             complex ``[count, antenna, subcarrier]``, of mean power near 1 per entry (38.901 drops the clusters 25 dB
             below the strongest without renormalising); see :func:`csimodels.channels.rays.normalize_power`.
 
         Raises:
-            ValueError: a negative count or seed, or another dtype.
+            ValueError: a negative count, seed or travel, or another dtype.
         """
         if count < 0:
             raise ValueError(f"count: expected at least 0, got {count}")
@@ -168,26 +179,30 @@ class DiscEnvironment:
             raise ValueError(f"seed: expected at least 0, got {seed}")
         if dtype not in (torch.complex64, torch.complex128):
             raise ValueError(f"dtype: expected torch.complex64 or torch.complex128, got {dtype}")
+        if not 0 <= travel < math.inf:
+            raise ValueError(f"travel: expected at least 0 metres, got {travel}")
         rng = np.random.default_rng([self.seed, self.index, 1, seed])
         displacement = self._draw_disc(rng, count)
         nearest = np.linalg.norm(displacement[:, None] - self.patch_centres[None], axis=2).argmin(axis=1)
-        array, grid = self.config.array, self.config.grid
+        heading = rng.uniform(-math.pi, math.pi, count)
+        displacement += travel * np.stack([np.cos(heading), np.sin(heading), np.zeros(count)], axis=1)
+        array, grid = self.config.array, grid or self.config.grid
         if len(self.ray_sets) == 1:
-            h = self._scattered(self.ray_sets[0], displacement, dtype)
+            h = self._scattered(self.ray_sets[0], displacement, grid, dtype)
         else:
             h = torch.empty(count, len(array), grid.subcarriers, dtype=dtype)
             for patch, rays in enumerate(self.ray_sets):
                 members = np.flatnonzero(nearest == patch)
-                h[torch.from_numpy(members)] = self._scattered(rays, displacement[members], dtype)
+                h[torch.from_numpy(members)] = self._scattered(rays, displacement[members], grid, dtype)
         if self.los:
             amplitude = np.array([rays.direct for rays in self.ray_sets])[nearest]
             h += synthesize(self._direct(displacement, amplitude), array, grid, dtype=dtype)
         return h
 
-    def _scattered(self, rays: RaySet, displacement: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
+    def _scattered(self, rays: RaySet, displacement: np.ndarray, grid: Spectrum, dtype: torch.dtype) -> torch.Tensor:
         phase = 2 * math.pi / self.config.wavelength * (torch.from_numpy(displacement) @ rays.arrival.T)
         moved = Rays(rays.gain.to(dtype) * phasor(phase, dtype), rays.delay, rays.departure)
-        return synthesize(moved, self.config.array, self.config.grid, dtype=dtype)
+        return synthesize(moved, self.config.array, grid, dtype=dtype)
 
     def _direct(self, displacement: np.ndarray, amplitude: np.ndarray) -> Rays:
         """The exact line-of-sight ray to every position; delays are relative to the disc's centre."""

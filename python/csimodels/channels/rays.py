@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Protocol
 
 import torch
 
@@ -57,6 +58,17 @@ class AntennaArray:
         return self.positions.shape[0]
 
 
+class Spectrum(Protocol):
+    """What a ray's delay makes of the columns of ``H``: subcarriers, or another domain that they transform to."""
+
+    @property
+    def subcarriers(self) -> int:
+        """Number of columns."""
+
+    def response(self, delay: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Columns of a unit ray: float64 ``[...]`` seconds -> complex ``dtype`` ``[..., column]``."""
+
+
 @dataclasses.dataclass(frozen=True)
 class SubcarrierGrid:
     """``subcarriers`` equally spaced over ``bandwidth`` Hz, centred on the carrier."""
@@ -75,6 +87,56 @@ class SubcarrierGrid:
         """Baseband frequencies in Hz, float64 ``[subcarrier]``."""
         index = torch.arange(self.subcarriers, dtype=torch.float64)
         return (index - (self.subcarriers - 1) / 2) * (self.bandwidth / self.subcarriers)
+
+    def response(self, delay: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """``exp(-j 2 pi f tau)`` of ``delay`` ``[...]`` in seconds, complex ``[..., subcarrier]``."""
+        return phasor(-2 * math.pi * delay.to(torch.float64)[..., None] * self.frequencies, dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class DelayTaps:
+    """The first rows of the delay domain of a grid: its unitary inverse DFT over the subcarriers, truncated.
+
+    A ray has a closed form here, so that channels of a thousand subcarriers need never be made to see a few taps.
+
+    Attributes:
+        grid: the subcarriers.
+        delays: rows kept; they are ``1 / bandwidth`` seconds apart.
+        shift: rows before delay 0, which catch what a delay between two taps leaks to earlier ones.
+
+    Raises:
+        ValueError: more rows than subcarriers, fewer than one, or a negative shift.
+    """
+
+    grid: SubcarrierGrid
+    delays: int = 32
+    shift: int = 0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.delays <= self.grid.subcarriers:
+            raise ValueError(f"delays: expected 1 to {self.grid.subcarriers} (subcarriers), got {self.delays}")
+        if self.shift < 0:
+            raise ValueError(f"shift: expected at least 0, got {self.shift}")
+
+    @property
+    def subcarriers(self) -> int:
+        """The rows kept: they take the place of subcarriers in ``H``."""
+        return self.delays
+
+    def response(self, delay: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Dirichlet kernel ``sin(pi y) / (sqrt(N) sin(pi y / N))``, ``y`` taps from the ray, complex ``[..., row]``."""
+        n = self.grid.subcarriers
+        tap = torch.arange(self.delays, dtype=torch.float64) - self.shift
+        distance = tap - delay.to(torch.float64)[..., None] * self.grid.bandwidth
+        # Within half a period of n taps sinc(y / n) has no zero; every period crossed is a factor (-1)^(n-1).
+        periods = (distance / n).round()
+        distance -= n * periods
+        kernel = math.sqrt(n) * distance.sinc() / (distance / n).sinc()
+        if n % 2 == 0:
+            kernel *= 1 - 2 * periods.remainder(2)
+        # Frequencies are centred on the carrier, which turns every row by a phase of its own.
+        turn = phasor(math.pi * (n - 1) / n * tap, dtype)
+        return kernel.to(turn.real.dtype) * turn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +178,7 @@ def phasor(phase: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def synthesize(
-    rays: Rays, array: AntennaArray, grid: SubcarrierGrid, *, dtype: torch.dtype = torch.complex64
+    rays: Rays, array: AntennaArray, grid: Spectrum, *, dtype: torch.dtype = torch.complex64
 ) -> torch.Tensor:
     """Channel matrices of the given rays (LASCO, eq. 6).
 
@@ -126,7 +188,7 @@ def synthesize(
             (those of one cluster) share their delay phases; otherwise each item is a product of ``[antenna, path]``
             and ``[path, subcarrier]``.
         array: antenna positions.
-        grid: subcarrier frequencies.
+        grid: subcarrier frequencies, or :class:`DelayTaps` of them for the delay domain.
         dtype: ``torch.complex64`` or ``torch.complex128``; phases are always reduced in float64.
 
     Returns:
@@ -150,25 +212,18 @@ def synthesize(
     if rays.delay.ndim == 1 and rays.direction.ndim == 2:
         h = _fixed_geometry(gain.reshape(-1, paths), rays.delay, steering, grid)
         return h.reshape(*gain.shape[:-1], len(array), grid.subcarriers)
-    weighted, response = (steering * gain[..., None]).mT, _delay_response(rays.delay, grid, dtype)
+    weighted, response = (steering * gain[..., None]).mT, grid.response(rays.delay, dtype)
     # A batch of outer products is memory-bound, and far quicker as one than as many tiny matrix products.
     return weighted * response if paths == 1 else weighted @ response
 
 
-def _delay_response(delay: torch.Tensor, grid: SubcarrierGrid, dtype: torch.dtype) -> torch.Tensor:
-    """``exp(-j 2 pi f tau)``, complex ``[..., path, subcarrier]``."""
-    return phasor(-2 * math.pi * delay.to(torch.float64)[..., None] * grid.frequencies, dtype)
-
-
-def _fixed_geometry(
-    gain: torch.Tensor, delay: torch.Tensor, steering: torch.Tensor, grid: SubcarrierGrid
-) -> torch.Tensor:
+def _fixed_geometry(gain: torch.Tensor, delay: torch.Tensor, steering: torch.Tensor, grid: Spectrum) -> torch.Tensor:
     """Gains ``[item, path]``, delay ``[path]``, steering ``[path, antenna]`` -> ``[item, antenna, subcarrier]``."""
     items, (paths, antennas), dtype = gain.shape[0], steering.shape, gain.dtype
     delays, group = torch.unique(delay, return_inverse=True)
     sizes = group.bincount()
     groups, largest = len(delays), int(sizes.max())
-    response = _delay_response(delays, grid, dtype)  # [group, subcarrier]
+    response = grid.response(delays, dtype)  # [group, subcarrier]
     # Multiply-adds per item and antenna: one product over all paths against sums within groups, then one over groups.
     if paths * grid.subcarriers <= groups * (largest + grid.subcarriers):
         geometry = steering[:, :, None] * response[group][:, None, :]

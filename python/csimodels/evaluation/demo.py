@@ -11,8 +11,9 @@ from csimodels.assets import shipped_checkpoint
 from csimodels.channels.environment import CellConfig, Environment
 from csimodels.channels.presets import data_preset
 from csimodels.evaluation.figures import bar_figure, heat_maps, line_figure
-from csimodels.evaluation.lasco_runs import AdaptTask, Row, mean, pooled_nmse_db, run_tasks
+from csimodels.evaluation.lasco_runs import AdaptTask, pooled_nmse_db, run_tasks
 from csimodels.evaluation.tables import markdown_table
+from csimodels.evaluation.task_rows import Row, mean
 from csimodels.files import write_json, write_text
 from csimodels.models.lasco import LABELS, METHODS
 from csimodels.models.projection import RandomProjectionCodec

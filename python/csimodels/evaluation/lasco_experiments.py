@@ -13,8 +13,10 @@ from typing import Any
 
 from csimodels.channels.presets import data_preset
 from csimodels.evaluation.figures import Curve, line_figure
-from csimodels.evaluation.lasco_runs import AdaptTask, Row, mean, pooled_nmse_db, run_tasks, select
+from csimodels.evaluation.lasco_runs import AdaptTask, pooled_nmse_db, run_tasks
+from csimodels.evaluation.outcome import Outcome
 from csimodels.evaluation.tables import markdown_table
+from csimodels.evaluation.task_rows import Row, mean, select
 from csimodels.models.lasco import ADAPTED_METHODS, LABELS, METHODS
 from csimodels.training.adapt import AdaptConfig
 
@@ -67,15 +69,6 @@ class Settings:
             test=self.test,
         )
         return [dataclasses.replace(task, environment=index, **changes) for index in self.environments]
-
-
-@dataclasses.dataclass(frozen=True)
-class Outcome:
-    """``rows``, the ``report`` (Markdown) and ``draw(folder)``, which writes the figure and returns its path."""
-
-    rows: list[Row]
-    report: str
-    draw: Callable[[Path], Path]
 
 
 def settings(

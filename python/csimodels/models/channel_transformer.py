@@ -100,15 +100,19 @@ class ChannelTransformer(nn.Module):
             raise ValueError(f"h_in: expected shape [batch, {expected[0]}, {expected[1]}], got {tuple(h_in.shape)}")
         x = self.input(h_in) + self.position
         for layer in self.encoder.layers:
-            if layer.norm_first:
-                x = x + _attention(layer.self_attn, layer.norm1(x))
-                x = x + layer.linear2(F.relu(layer.linear1(layer.norm2(x))))
-            else:
-                x = layer.norm1(x + _attention(layer.self_attn, x))
-                x = layer.norm2(x + layer.linear2(F.relu(layer.linear1(x))))
+            x = apply_layer(layer, x)
         if self.encoder.norm is not None:
             x = self.encoder.norm(x)
         return self.output(x)
+
+
+def apply_layer(layer: nn.TransformerEncoderLayer, x: torch.Tensor) -> torch.Tensor:
+    """What ``layer`` (ReLU, no dropout) makes of float ``[batch, tokens, width]``, with attention written out."""
+    if layer.norm_first:
+        x = x + _attention(layer.self_attn, layer.norm1(x))
+        return x + layer.linear2(F.relu(layer.linear1(layer.norm2(x))))
+    x = layer.norm1(x + _attention(layer.self_attn, x))
+    return layer.norm2(x + layer.linear2(F.relu(layer.linear1(x))))
 
 
 def _attention(module: nn.MultiheadAttention, x: torch.Tensor) -> torch.Tensor:

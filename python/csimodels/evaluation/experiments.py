@@ -1,0 +1,44 @@
+"""All experiments by name, whatever system they belong to."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+from csimodels.evaluation import lasco_experiments, llmcsinet_experiments, llmcsinet_settings
+from csimodels.evaluation.outcome import Context, Outcome
+from csimodels.training.checkpoint_store import CheckpointStore
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """``description``, one line that names the paper's figure, and ``run``."""
+
+    description: str
+    run: Callable[[Context], Outcome]
+
+
+def _lasco(function: Callable[[lasco_experiments.Settings], Outcome]) -> Callable[[Context], Outcome]:
+    def run(context: Context) -> Outcome:
+        store = CheckpointStore(
+            context.out / "checkpoints", context.preset, on_start=context.on_start, on_step=context.on_step
+        )
+        settings = lasco_experiments.settings(
+            context.preset, store, context.out, workers=context.workers, on_done=context.on_done
+        )
+        return function(settings)
+
+    return run
+
+
+def _llmcsinet(function: Callable[[llmcsinet_settings.Settings], Outcome]) -> Callable[[Context], Outcome]:
+    return lambda context: function(llmcsinet_settings.settings(context))
+
+
+EXPERIMENTS: dict[str, Experiment] = {
+    **{name: Experiment(text, _lasco(function)) for name, (text, function) in lasco_experiments.EXPERIMENTS.items()},
+    **{
+        name: Experiment(text, _llmcsinet(function))
+        for name, (text, function) in llmcsinet_experiments.EXPERIMENTS.items()
+    },
+}

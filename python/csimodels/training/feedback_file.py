@@ -1,0 +1,82 @@
+"""Trained feedback networks on disk: LLMCsiNet or a baseline, with all that rebuilds it, and its quantisers."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from csimodels import __version__
+from csimodels.files import load_tensors, save_tensors
+from csimodels.models.baselines import BASELINES
+from csimodels.models.llmcsinet import LlmCsiNet, LlmCsiNetConfig
+
+_FORMAT = "csimodels.feedback"
+FINGERPRINT = "fingerprint"
+
+
+def save_feedback(
+    path: str | os.PathLike,
+    network: nn.Module,
+    model: str,
+    compression: int | None = None,
+    *,
+    extra: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a network atomically.
+
+    Args:
+        path: safetensors file.
+        network: :class:`LlmCsiNet`, or a baseline.
+        model: its name. compression: 1/sigma of a baseline.
+        extra: JSON-serialisable entries of the metadata.
+    """
+    metadata = {
+        "format": _FORMAT,
+        "version": __version__,
+        "model": model,
+        "config": dataclasses.asdict(network.config) if isinstance(network, LlmCsiNet) else None,
+        "compression": compression,
+        **(extra or {}),
+    }
+    save_tensors(path, network.state_dict(), metadata)
+
+
+def load_feedback(path: str | os.PathLike) -> tuple[nn.Module, dict[str, Any]]:
+    """Read what :func:`save_feedback` wrote.
+
+    Returns:
+        The network in eval mode, and the metadata: ``model``, ``config``, ``compression`` and the extra entries.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a feedback network, or one that is not whole.
+        ImportError: LLMCsiNet's backbone needs the extra ``llm``.
+    """
+    tensors, metadata = load_tensors(path)
+    if metadata.get("format") != _FORMAT:
+        raise ValueError(f"{path}: not a feedback network (its metadata has no format {_FORMAT!r})")
+    try:
+        network = _build(metadata)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path}: written by csimodels {metadata.get('version')}, {__version__} does not know its configuration "
+            f"({error})"
+        ) from None
+    try:
+        network.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise ValueError(f"{path}: its weights do not fit its own configuration: {error}") from None
+    return network.eval(), metadata
+
+
+def _build(metadata: Mapping[str, Any]) -> nn.Module:
+    # The weights follow; the generator of whoever loads a file is none of its business.
+    with torch.random.fork_rng(devices=[]):
+        if metadata["model"] == "llmcsinet":
+            return LlmCsiNet(LlmCsiNetConfig.from_dict(metadata["config"]), pretrained=False)
+        return BASELINES[metadata["model"]](1 / metadata["compression"])
