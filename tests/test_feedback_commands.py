@@ -35,7 +35,12 @@ def model(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("model")
     task = training(stage("preliminary", epochs=8), stage(epochs=8))
-    train_feedback(task, data(), folder, accelerator=make_accelerator(TRAIN, cpu=True))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # `small_models` is of each test, and comes after this
+    try:
+        train_feedback(task, data(), folder, accelerator=make_accelerator(TRAIN, cpu=True))
+    finally:
+        torch.set_num_threads(threads)
     return folder / "model.safetensors"
 
 

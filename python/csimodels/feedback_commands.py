@@ -59,12 +59,7 @@ def train(
 
         if threads:
             torch.set_num_threads(threads)
-        changes: dict[str, Any] = {
-            "epochs": epochs,
-            "batch_size": batch_size,
-            "learning_rate": learning_rate,
-            "autoencoder_rate": learning_rate,
-        }
+        changes: dict[str, Any] = {"epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate}
         sizes = dataclasses.replace(
             feedback_preset(preset), **{name: value for name, value in changes.items() if value is not None}
         )

@@ -79,8 +79,6 @@ class FeedbackPreset:
         samples: for training, validation and test.
         epochs: at most, of each stage of LLMCsiNet; a baseline, which has one stage, gets both stages' together.
         batch_size, learning_rate, patience: of every stage.
-        autoencoder_rate: learning rate of the baselines that feed back values alone. Their sigmoids stand still for
-            good where a step is too large, and few steps leave no time for the long warm-up of their papers.
         transfer: sample counts of few-shot transfer (Fig. 11). transfer_epochs: at most.
         compressions: values of 1/sigma. variants: of LLMCsiNet. channels: names of the sets.
         wide: whether the backbone has GPT-2 Large's sizes.
@@ -92,7 +90,6 @@ class FeedbackPreset:
     batch_size: int
     learning_rate: float
     patience: int
-    autoencoder_rate: float
     transfer: tuple[int, ...]
     transfer_epochs: int
     compressions: tuple[int, ...]
@@ -137,8 +134,7 @@ class FeedbackPreset:
 
     def baseline(self, name: str, compression: int) -> FeedbackTraining:
         """A baseline at 1/sigma."""
-        train = self._train(2 * self.epochs, self.learning_rate if name == "idasnet" else self.autoencoder_rate)
-        return FeedbackTraining(name, (Stage(train),), compression=compression)
+        return FeedbackTraining(name, (Stage(self._train(2 * self.epochs)),), compression=compression)
 
     def fine_tuning(self, start: FeedbackTraining, checkpoint: str, samples: int) -> FeedbackTraining:
         """Few-shot transfer: all weights of ``start``'s network go on from ``checkpoint``.
@@ -148,21 +144,20 @@ class FeedbackPreset:
         """
         train = dataclasses.replace(
             self._train(self.transfer_epochs),
-            learning_rate=start.stages[-1].train.learning_rate / 10,
+            learning_rate=self.learning_rate / 10,
             schedule="constant",
             batch_size=min(self.batch_size, samples),
             initial_candidate=True,
         )
         return dataclasses.replace(start, stages=(Stage(train),), initial=checkpoint)
 
-    def _train(self, epochs: int, learning_rate: float | None = None) -> TrainConfig:
-        rate = self.learning_rate if learning_rate is None else learning_rate
+    def _train(self, epochs: int) -> TrainConfig:
         # Decided: the paper gives neither batch size, nor the length of the warm-up, nor the final rate of eq. 16.
         return TrainConfig(
             epochs=epochs,
             batch_size=self.batch_size,
-            learning_rate=rate,
-            final_learning_rate=rate / 40,
+            learning_rate=self.learning_rate,
+            final_learning_rate=self.learning_rate / 40,
             weight_decay=0.0,
             patience=self.patience,
             mixed_precision="auto" if self.wide else "no",
@@ -195,7 +190,6 @@ def feedback_preset(name: str) -> FeedbackPreset:
             batch_size=200,
             learning_rate=2e-3,
             patience=20,
-            autoencoder_rate=2e-3,
             transfer=(500, 1000, 2000, 3000),
             transfer_epochs=100,
             compressions=(8, 16, 32, 64),
@@ -210,7 +204,6 @@ def feedback_preset(name: str) -> FeedbackPreset:
         batch_size=32,
         learning_rate=2e-3,
         patience=20,
-        autoencoder_rate=5e-4,
         transfer=(100, 300, 1000),
         transfer_epochs=6,
         compressions=(8, 32),
