@@ -80,7 +80,6 @@ def _machine_code(cubin: bytes) -> tuple[dict, dict]:
     names = Counter(
         re.findall(r"^\s*(?:/\*[0-9a-f]+\*/)?\s*(?:@!?U?P\w+ )?([A-Z][A-Z0-9]+)", code.stdout, re.MULTILINE)
     )
-    kept = {
-        name: names[name] for name in ("HMMA", "HGMMA", "UTCHMMA", "FFMA", "FFMA2", "MUFU", "LDL", "STL") if names[name]
-    }
+    wanted = ("HMMA", "HGMMA", "UTCHMMA", "FFMA", "FFMA2", "MUFU", "LDL", "STL", "LDGSTS")
+    kept = {name: names[name] for name in wanted if names[name]}
     return {"registers": int(found["REG"]), "stack": int(found["STACK"])}, kept
