@@ -43,6 +43,13 @@ def tuned(
     def fitting(all_configs: list[triton.Config], _positional: dict, **given) -> list[triton.Config]:
         return [config for config in all_configs if fits is None or fits(config, given)]
 
-    configs = configs[:1] if interpreted() else configs
+    used = configs[:1] if interpreted() else configs
     pruning = {"early_config_prune": fitting}
-    return triton.autotune(configs=list(configs), key=list(key), prune_configs_by=pruning, cache_results=True)
+    tune = triton.autotune(configs=list(used), key=list(key), prune_configs_by=pruning, cache_results=True)
+
+    def decorate(kernel):
+        tuner = tune(kernel)
+        tuner.choices = list(configs)  # what a GPU would choose from, for benches/roofline.py
+        return tuner
+
+    return decorate
