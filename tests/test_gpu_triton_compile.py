@@ -106,7 +106,8 @@ def test_lasco_kernels_spill_nothing(run_python, record_property, precision, wid
         assert kernel["stack"] == 0 and not {"LDL", "STL"} & set(kernel["instructions"]), kernel
         assert kernel["registers"] <= 255 and kernel["shared"] <= 48 * 1024, kernel
         if precision == "bfloat16":
-            assert kernel["instructions"].get("HMMA", 0) + kernel["instructions"].get("HGMMA", 0) > 64, kernel
+            products = kernel["instructions"].get("HMMA", 0) + kernel["instructions"].get("HGMMA", 0)
+            assert products > (100 if width >= 64 else 64), kernel
         if kernel in pipelined:  # copies that nobody waits for (cp.async)
             assert kernel["instructions"]["LDGSTS"] > 20, kernel
 

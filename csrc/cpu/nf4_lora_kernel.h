@@ -20,9 +20,10 @@
 // public call, bfloat16, rank 16:
 //   M = 1: 85 to 95 GB/s of codes and scales out of L3, three quarters of what the look-ups' ports allow (4.2 cycles
 //     for 64 bytes of codes where 13 operations on 4 ports take 3.25; fixed costs of a call are 5 microseconds).
-//   M = 16, 4096 x 4096: 0.84 of the peak. M = 128, 1280 x 5120: 0.95. M = 1024, 4096 x 4096: 0.97.
-// On 2 cores of a Zen 4 (bfloat16 471 GFLOP/s: one 512-bit product a cycle), where decoding weighs twice: M = 16: 0.66,
-//   M = 128: 0.79, M = 1024: 0.90; the product alone reaches 0.97 there.
+//   M = 16, 4096 x 4096: 0.84 of the peak. M = 128, 1280 x 5120: 0.95. M = 1024, 4096 x 4096: 0.97 (these two with
+//     panels of half today's length).
+// On 2 cores of a Zen 4 (bfloat16 471 GFLOP/s: one 512-bit product a cycle): M = 16: 0.83, M = 128: 0.86, M = 1024:
+//   0.89; the product alone reaches 0.97 there.
 #pragma once
 
 #include <cstdint>

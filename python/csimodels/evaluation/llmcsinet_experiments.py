@@ -7,7 +7,7 @@ folder of checkpoints, so a network that several figures show is trained once.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from csimodels.channels.angle_delay import angle_delay_preset
@@ -31,21 +31,27 @@ def _kept_energy(s: Settings, samples: int = 128) -> str:
     return f"Energy that the delay rows keep: {', '.join(kept)}.\n"
 
 
+def _against_ratio(
+    s: Settings, rows: Sequence[Row], names: Iterable[str], **match: Any
+) -> tuple[list[str], dict[str, Curve]]:
+    """The compression ratios as an axis' ticks, and each network's NMSE over them."""
+    compressions = s.sizes.compressions
+    curves: dict[str, Curve] = {
+        label: (
+            range(len(compressions)),
+            [mean(rows, "nmse_db", label=label, compression=compression, **match) for compression in compressions],
+        )
+        for label in names
+    }
+    return [ratio(compression) for compression in compressions], curves
+
+
 def fig5(s: Settings) -> Outcome:
     """NMSE of all methods against the compression ratio."""
     rows = main_rows(s)
     ticks = [ratio(compression) for compression in s.sizes.compressions]
     panels: dict[str, dict[str, Curve]] = {
-        f"{NMSE}, {channels}": {
-            label: (
-                range(len(ticks)),
-                [
-                    mean(rows, "nmse_db", label=label, channels=channels, compression=compression)
-                    for compression in s.sizes.compressions
-                ],
-            )
-            for label in labels(rows)
-        }
+        f"{NMSE}, {channels}": _against_ratio(s, rows, labels(rows), channels=channels)[1]
         for channels in s.sizes.channels
     }
     report = f"{NMSE}, mean of ratios:\n\n{by_channels(s, rows, 'nmse_db')}\n{_kept_energy(s)}\n"
@@ -87,14 +93,7 @@ def fig8(s: Settings) -> Outcome:
     for compression in s.sizes.compressions:
         tasks += s.few_methods(s.outdoor, compression)
     rows = s.run(tasks)
-    ticks = [ratio(compression) for compression in s.sizes.compressions]
-    curves: dict[str, Curve] = {
-        label: (
-            range(len(ticks)),
-            [mean(rows, "nmse_db", label=label, compression=compression) for compression in s.sizes.compressions],
-        )
-        for label in labels(rows)
-    }
+    ticks, curves = _against_ratio(s, rows, labels(rows))
     report = f"{NMSE} on {s.outdoor}; MC is one network, every other number a network of its own:\n\n"
     report += markdown_table(["method", *ticks], [[label, *values] for label, (_, values) in curves.items()])
     draw = drawing(s, "llmcsinet-fig8", {NMSE: curves}, "compression ratio", "Fig. 8", ticks=ticks)
@@ -153,14 +152,7 @@ def fig10(s: Settings) -> Outcome:
         for label, backbone in backbones.items()
     ]
     rows = s.run(tasks)
-    ticks = [ratio(compression) for compression in s.sizes.compressions]
-    curves: dict[str, Curve] = {
-        label: (
-            range(len(ticks)),
-            [mean(rows, "nmse_db", label=label, compression=compression) for compression in s.sizes.compressions],
-        )
-        for label in _ablations(s)
-    }
+    ticks, curves = _against_ratio(s, rows, _ablations(s))
     report = f"{NMSE} on {s.outdoor}:\n\n"
     report += markdown_table(["network", *ticks], [[label, *values] for label, (_, values) in curves.items()])
     if backbones:
