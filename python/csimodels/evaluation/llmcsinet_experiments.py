@@ -128,6 +128,7 @@ def _ablations(s: Settings) -> dict[str, dict[str, Any]]:
     return {
         f"LLMCsiNet-{s.largest}": {},
         "without f_EN (random mask)": {"mask": "random"},
+        "without f_EN (mask by magnitude)": {"mask": "magnitude"},
         "without f_PD": {"preliminary": False},
         "without f_TP": {"prediction": False},
     }
@@ -173,7 +174,7 @@ def fig11(s: Settings) -> Outcome:
     first, second = s.sizes.channels[:2]
     rows: list[Row] = []
     for source, target in ((first, second), (second, first)):
-        starts = s.few_methods(source, s.easiest)
+        starts = [task for task in s.few_methods(source, s.easiest) if task.training.stages]
         s.run(starts)
         tasks = []
         for start in starts:

@@ -99,7 +99,7 @@ def table5(s: Settings) -> Outcome:
 
 def table6(s: Settings) -> Outcome:
     """NMSE with the codeword's values quantised by the Lloyd-Max algorithm."""
-    names = [*s.few]
+    names = [*s.classical, *s.few]
     tasks = []
     for channels in s.sizes.channels:
         for compression in s.sizes.compressions:
