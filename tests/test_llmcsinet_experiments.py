@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import re
 
@@ -249,6 +250,18 @@ def test_table6_quantises_what_was_trained_without(tiny, folder):
         else:
             assert 0 < abs(codes - clean) < 1
     assert table(report, 2)["CRNet"] == ["1024 / 196", "128 / 28"]
+
+
+def test_real_bytes_come_from_the_rows_of_table_6_and_more_of_the_classical_methods(tiny, folder):
+    rows, report = run_experiment("llmcsinet-bytes", folder)
+    assert {row["compression"] for row in select(rows, label="CRNet")} == {8, 64}
+    assert {row["compression"] for row in select(rows, label="Largest elements")} == {8, 16, 32, 64}
+    for number, (channels, condition) in enumerate(itertools.product(SIZES.channels, ("clean", "codes"))):
+        cells = table(report, number)
+        for label in METHODS:
+            chosen = select(rows, label=label, channels=channels, condition=condition)
+            expected = sorted((row["report_bytes"], row["nmse_db"]) for row in chosen)
+            assert cells[label] == [", ".join(f"{size}: {nmse:.2f}" for size, nmse in expected)]
 
 
 # Tasks ----------------------------------------------------------------------------------------------------------------

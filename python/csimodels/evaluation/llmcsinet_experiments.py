@@ -233,4 +233,5 @@ EXPERIMENTS: dict[str, tuple[str, Callable[[Settings], Outcome]]] = {
     "llmcsinet-table4": ("LLMCsiNet Table IV: parameters", tables.table4),
     "llmcsinet-table5": ("LLMCsiNet Table V: operations", tables.table5),
     "llmcsinet-table6": ("LLMCsiNet Table VI: quantised codewords", tables.table6),
+    "llmcsinet-bytes": ("LLMCsiNet: NMSE against the bytes of a real report (not in the paper)", tables.real_bytes),
 }
