@@ -240,14 +240,18 @@ def _cell(carrier: float, bandwidth: float, **lengths: Any) -> CellConfig:
     return CellConfig(carrier, array=AntennaArray.ula(32), grid=SubcarrierGrid(1024, bandwidth), **lengths)
 
 
-# LLMCsiNet, Table I: carriers, bandwidths and states. The built-in generator knows the statistics of UMi street canyons
-# only: "indoor" is a small cell of them in line of sight, and at 300 MHz they are those of 2 GHz. Shares of the energy
-# kept: 0.997 indoors, 0.980 outdoors, 0.70 at 28 GHz, whose 32 rows are 320 ns of a median rms delay spread of 270 ns.
+# LLMCsiNet, Table I: carriers, bandwidths, states and numbers of paths. The built-in generator knows the statistics of
+# UMi street canyons only: "indoor" is a small cell of them in line of sight, and at 300 MHz they are those of 2 GHz.
+# Shares of the energy kept: 0.998 indoors, 0.98 outdoors, 0.70 at 28 GHz, whose 32 rows are 320 ns of a median rms
+# delay spread of 270 ns.
 # csimodels.channels.cost2100 reads the files of the paper's own model.
 INDOOR_LOS = AngleDelayPreset(
-    "indoor_los", los=True, cell=_cell(5.3e9, 20e6, radius=20.0, disc_radius=1.0, min_distance=2.0, bs_height=3.0)
+    "indoor_los",
+    los=True,
+    cell=_cell(5.3e9, 20e6, radius=20.0, disc_radius=1.0, min_distance=2.0, bs_height=3.0),
+    options=(("paths", 3),),
 )
-OUTDOOR_NLOS = AngleDelayPreset("outdoor_nlos", los=False, cell=_cell(300e6, 20e6))
+OUTDOOR_NLOS = AngleDelayPreset("outdoor_nlos", los=False, cell=_cell(300e6, 20e6), options=(("paths", 48),))
 UMA_28GHZ = AngleDelayPreset(
     "uma_28ghz",
     los=False,
