@@ -35,7 +35,7 @@ VARIANTS = {"S": 1, "M": 3, "L": 6}
 # Table II: fed back values for sigma = 1/8 ... 1/64 of 2 x 32 x 32, at 64 bits a value and 10 an index.
 PAPER_CODEWORD_VALUES = {8: 221, 16: 111, 32: 56, 64: 28}
 _SLOPE = 0.3  # of LReLU for negative arguments, eq. 10
-_OFFSET = 16.0  # of PreliminaryDecoder.start_as_identity: the strongest element of 2 x 32 x 32 in line of sight
+_OFFSET = 16.0  # of PreliminaryDecoder.start_as_identity; one of 221 elements can have sqrt(221) times their rms
 
 
 class Codeword(NamedTuple):
