@@ -98,6 +98,11 @@ def test_oversampling_of_a_number_of_bits(bits, expected):
         assert len(dft_codebook(ports, expected)) == 2**bits
 
 
+def test_a_dimension_of_one_port_is_not_oversampled():
+    assert dft_oversampling(7, PortLayout(2, 1, 8)) == (1, 4)
+    assert dft_oversampling(7, PortLayout(2, 8, 1)) == (4, 1)
+
+
 def test_bits_that_no_oversampling_reaches_are_refused():
     with pytest.raises(ValueError, match="bits: expected at least 8 and .* for 2 x 8 x 8 .* got 7"):
         dft_oversampling(7, PortLayout())

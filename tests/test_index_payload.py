@@ -189,5 +189,9 @@ def test_channels_without_a_direction_are_named(value):
     h[[2, 4]] = value
     with pytest.raises(ValueError, match="h: 2 channels are zero or not finite, the first is 2"):
         CodebookEncoder(conventional()).encode(h)
+    wide = channels(6, 16, 3)
+    wide[4, :, 1] = value
+    with pytest.raises(ValueError, match="h: 1 channels are zero or not finite, the first is 4, subcarrier 1"):
+        CodebookEncoder(conventional()).encode(wide)
     with pytest.raises(ValueError, match=r"h: expected \[N, 16\], got shape \(6, 8\)"):
         CodebookEncoder(conventional()).encode(channels(6, 8))

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from csikernels import codebook_argmax
 from csimodels.models.codebooks import rvq_codebook
 from csimodels.training import k_lines as module
-from csimodels.training.k_lines import k_lines, updated_words
+from csimodels.training.k_lines import k_lines, single_side_words, updated_words
 
 
 def gaussian(*shape: int, seed: int = 0, dtype: torch.dtype = torch.complex64) -> torch.Tensor:
@@ -103,6 +103,22 @@ def test_fewer_directions_than_words():
     fitted = k_lines(lines.repeat(10, 1), 3, seed=0)
     assert fitted.cosine == pytest.approx(1, abs=1e-5)
     assert fitted.empty == 4
+
+
+def test_single_side_words_are_the_best_for_the_ues_cells():
+    h, ue = unit(gaussian(200, 8)), rvq_codebook(5, 8, seed=1)
+    index, similarity = codebook_argmax(h, ue)
+    bs = single_side_words(3 * h, ue)
+    served = (h * bs[index].conj()).sum(1).abs()
+    assert served.square().mean() > similarity.square().mean() + 0.02
+    for cell in range(32):
+        own = h[index == cell].to(torch.complex128)
+        if len(own):
+            largest = torch.linalg.eigvalsh(own.T @ own.conj())[-1].item()
+            assert quotient(own, bs[cell]) == pytest.approx(largest, rel=1e-4)
+        else:
+            assert torch.equal(bs[cell], ue[cell])
+    assert torch.equal(single_side_words(h[:0], ue), ue)
 
 
 def test_it_is_a_function_of_the_seed_and_of_directions_alone(threads):

@@ -34,22 +34,28 @@ class CodebookEncoder:
         self._codebook = Codebook(book.select(environment))
 
     def indices(self, h: Tensor) -> Tensor:
-        """The best codeword of each channel, int64 ``[N]``, for complex ``[N, D]`` of any norm.
+        """The best codeword of each channel, int64 ``[N]``, or of each subcarrier of each, int64 ``[N S]``.
+
+        Args:
+            h: complex ``[N, D]`` or ``[N, D, S]``, of any norm.
 
         Raises:
             TypeError, ValueError: as :func:`csikernels.codebook_argmax`, or a channel that is zero or not finite, which
                 has no best codeword (the first one's index is named).
         """
-        index, _ = self._codebook.search(h)
+        rows = h if h.dim() != 3 else h.mT.flatten(0, 1)
+        index, _ = self._codebook.search(rows)
         bad = (index < 0).nonzero()
         if len(bad):
-            raise ValueError(f"h: {len(bad)} channels are zero or not finite, the first is {int(bad[0, 0])}")
+            first = int(bad[0, 0])
+            where = f"{first}" if h.dim() == 2 else f"{first // h.shape[2]}, subcarrier {first % h.shape[2]}"
+            raise ValueError(f"h: {len(bad)} channels are zero or not finite, the first is {where}")
         return index
 
     def encode(self, h: Tensor) -> bytes:
         """A stream of one report per channel ``[N, D]``, or per subcarrier of each ``[N, D, S]``."""
-        rows, per_sample = (h, 1) if h.dim() != 3 else (h.mT.flatten(0, 1), h.shape[2])
-        return pack_indices(IndexStream(self.indices(rows).cpu(), per_sample), self.form)
+        per_sample = h.shape[2] if h.dim() == 3 else 1
+        return pack_indices(IndexStream(self.indices(h).cpu(), per_sample), self.form)
 
 
 class CodebookDecoder:

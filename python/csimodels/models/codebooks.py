@@ -104,7 +104,9 @@ def dft_codebook(ports: PortLayout, oversampling: tuple[int, int] = (4, 4), coph
 
 
 def dft_oversampling(bits: int, ports: PortLayout, cophases: int = 4) -> tuple[int, int]:
-    """The oversampling with which :func:`dft_codebook` has 2^bits words; the columns take the odd factor of two.
+    """The oversampling (rows, columns) with which :func:`dft_codebook` has 2^bits words.
+
+    The columns take the odd factor of two, and a dimension of one port is not oversampled: its beams are all alike.
 
     Raises:
         ValueError: ``bits`` out of range, or no oversampling gives that many words.
@@ -116,7 +118,10 @@ def dft_oversampling(bits: int, ports: PortLayout, cophases: int = 4) -> tuple[i
         raise ValueError(
             f"bits: expected at least {math.log2(fewest):g} and a power of two of words for {ports}, got {bits}"
         )
-    return 2 ** (doublings // 2), 2 ** (doublings - doublings // 2)
+    if ports.columns == 1:
+        return 2**doublings, 1
+    own = 0 if ports.rows == 1 else doublings // 2
+    return 2**own, 2 ** (doublings - own)
 
 
 def type1_codebook(n1: int = 8, n2: int = 8, o1: int = 4, o2: int = 4, *, codebook_mode: int = 1) -> Tensor:

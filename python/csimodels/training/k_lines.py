@@ -71,7 +71,10 @@ def k_lines(
         ValueError: ``bits`` out of range, fewer channels than words, a channel that is zero or not finite (its index is
             named), or ``iterations`` or ``tolerance`` negative.
     """
-    h = _directions(h, bits)
+    check_bits(bits)
+    h = _directions(h)
+    if len(h) < 2**bits:
+        raise ValueError(f"h: expected at least 2^{bits} = {2**bits} channels to start from, got {len(h)}")
     if iterations < 0 or not tolerance >= 0:
         raise ValueError(f"iterations, tolerance: expected at least 0, got {iterations} and {tolerance}")
     words = h[torch.randperm(len(h), generator=torch.Generator().manual_seed(seed))[: 2**bits]]
@@ -99,9 +102,7 @@ def updated_words(h: Tensor, words: Tensor, index: Tensor, similarity: Tensor) -
     Returns:
         complex64 ``[K, D]``: dominant eigenvectors; worst-served channels in place of words without channels.
     """
-    new = words.clone()
-    for cells, members in _cells(index, len(words)):
-        new[cells] = _dominant(h[members], words[cells])
+    new = _eigenvectors(h, words, index)
     empty = (torch.bincount(index, minlength=len(words)) == 0).nonzero()[:, 0]
     if len(empty):
         value, worst = similarity.topk(min(len(empty), len(h)), largest=False)
@@ -110,14 +111,38 @@ def updated_words(h: Tensor, words: Tensor, index: Tensor, similarity: Tensor) -
     return new
 
 
-def _directions(h: Tensor, bits: int) -> Tensor:
-    check_bits(bits)
+def single_side_words(h: Tensor, words: Tensor) -> Tensor:
+    """The best codebook of a BS whose UEs keep another one (LVM4CF (Zhuang et al.), eq. 9, SS), by mean squared cosine.
+
+    The UE's codebook fixes the cells, so one update is all there is: each word becomes the dominant eigenvector of the
+    channels that report its index. No codebook of the BS has a larger mean squared cosine on these channels.
+
+    Args:
+        h: channels, complex64 ``[N, D]`` of any norm. words: the UE's codebook, complex64 ``[K, D]``, unit norm.
+
+    Returns:
+        complex64 ``[K, D]``, unit norm; a word whose index no channel reports stays as it is.
+
+    Raises:
+        TypeError, ValueError: as :func:`k_lines` for ``h``, or another D.
+    """
+    h = _directions(h)
+    return _eigenvectors(h, words, Codebook(words).search(h)[0])
+
+
+def _eigenvectors(h: Tensor, words: Tensor, index: Tensor) -> Tensor:
+    """Dominant eigenvectors of the cells; words without channels as they are."""
+    new = words.clone()
+    for cells, members in _cells(index, len(words)):
+        new[cells] = _dominant(h[members], words[cells])
+    return new
+
+
+def _directions(h: Tensor) -> Tensor:
     if not isinstance(h, Tensor) or h.dtype != torch.complex64:
         raise TypeError(f"h: expected complex64, got {h.dtype if isinstance(h, Tensor) else type(h).__name__}")
     if h.dim() != 2 or h.shape[1] == 0:
         raise ValueError(f"h: expected [N, D], got shape {tuple(h.shape)}")
-    if len(h) < 2**bits:
-        raise ValueError(f"h: expected at least 2^{bits} = {2**bits} channels to start from, got {len(h)}")
     norm = torch.linalg.vector_norm(torch.view_as_real(h.contiguous()).flatten(1), dim=1, keepdim=True)
     bad = ~((norm > 0) & norm.isfinite())
     if bool(bad.any()):
