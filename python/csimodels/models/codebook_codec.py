@@ -31,7 +31,7 @@ class CodebookEncoder:
                 "at the BS alone (SS)"
             )
         self.form = IndexFormat(book.bits, book.feedback_digest(environment))
-        self._codebook = Codebook(book.select(environment))
+        self._codebook = Codebook(book.select(environment), copy=False)
 
     def indices(self, h: Tensor) -> Tensor:
         """The best codeword of each channel, int64 ``[N]``, or of each subcarrier of each, int64 ``[N S]``.
