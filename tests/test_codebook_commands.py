@@ -255,6 +255,21 @@ def test_files_that_are_not_what_their_ending_says(name, book, tmp_path):
     assert name in refuse("feedback", "encode", tmp_path / name, tmp_path / "r", "--codebook", book)
 
 
+def test_complex_numbers_in_safetensors(book, tmp_path):
+    save_file({"H": channels()[..., 0]}, tmp_path / "a.safetensors")
+    assert torch.equal(VectorFile(tmp_path / "a.safetensors", 16, "H").read(), channels())
+    save_file({"h": channels().real.contiguous()}, tmp_path / "b.safetensors")
+    with pytest.raises(ValueError, match=r"b.safetensors: h: expected complex \[N, D\] .*, got float32 \(30, 16, 1\)"):
+        VectorFile(tmp_path / "b.safetensors", 16)
+
+
+def test_a_single_array_is_no_npz(book, tmp_path):
+    np.save(tmp_path / "a.npy", channels().numpy())
+    (tmp_path / "a.npy").rename(tmp_path / "a.npz")
+    message = refuse("feedback", "encode", tmp_path / "a.npz", tmp_path / "r", "--codebook", book)
+    assert "not a readable .npz file of plain arrays (a single .npy array)" in message
+
+
 def test_pickled_arrays_are_refused(book, tmp_path):
     np.savez(tmp_path / "a.npz", h=np.array([{"a": 1}], dtype=object))
     message = refuse("feedback", "encode", tmp_path / "a.npz", tmp_path / "r", "--codebook", book)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -113,10 +114,13 @@ def _read_mat(path: Path, variable: str) -> Tensor:
 def _read_npz(path: Path, variable: str) -> Tensor:
     _check_file(path)
     try:
-        with np.load(path, allow_pickle=False) as file:
-            names = list(file.files) if isinstance(file, np.lib.npyio.NpzFile) else []
+        file = np.load(path, allow_pickle=False)
+        if not isinstance(file, np.lib.npyio.NpzFile):
+            raise ValueError("a single .npy array")
+        with file:
+            names = list(file.files)
             values = file[variable] if variable in names else None
-    except (zipfile.BadZipFile, ValueError, EOFError, OSError) as error:
+    except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError) as error:
         raise ValueError(f"{path}: not a readable .npz file of plain arrays ({error})") from None
     return torch.from_numpy(_numeric(path, variable, names, values))
 

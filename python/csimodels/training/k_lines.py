@@ -77,7 +77,7 @@ def k_lines(
         raise ValueError(f"h: expected at least 2^{bits} = {2**bits} channels to start from, got {len(h)}")
     if iterations < 0 or not tolerance >= 0:
         raise ValueError(f"iterations, tolerance: expected at least 0, got {iterations} and {tolerance}")
-    words = h[torch.randperm(len(h), generator=torch.Generator().manual_seed(seed))[: 2**bits]]
+    words = h[torch.randperm(len(h), generator=torch.Generator().manual_seed(seed))[: 2**bits].to(h.device)]
     index, similarity = Codebook(words, copy=False).search(h)
     history = [_mean_square(similarity)]
     for iteration in range(1, iterations + 1):
@@ -165,7 +165,7 @@ def _cells(index: Tensor, count: int) -> Iterator[tuple[Tensor, Tensor]]:
         if n == 0:
             continue
         for cells in (size == n).nonzero()[:, 0].split(max(1, _ROWS // n)):
-            yield cells, order[start[cells, None] + torch.arange(n)]
+            yield cells, order[start[cells, None] + torch.arange(n, device=index.device)]
 
 
 def _dominant(rows: Tensor, word: Tensor) -> Tensor:
@@ -182,8 +182,8 @@ def _dominant(rows: Tensor, word: Tensor) -> Tensor:
     first = gain = (rows * word.conj()[:, None]).sum(2)  # c^H h
     # Tilted towards the channel served worst: a word orthogonal to the dominant eigenvector would stay so.
     worst = gain.abs().argmin(1)
-    best = _unit(word + _TILT * rows[torch.arange(len(rows)), worst])
-    before = torch.zeros(len(rows))
+    best = _unit(word + _TILT * rows[torch.arange(len(rows), device=rows.device), worst])
+    before = torch.zeros(len(rows), device=rows.device)
     for _ in range(_POWER_STEPS):
         gain = (rows * best.conj()[:, None]).sum(2)
         quotient = _power(gain)
