@@ -43,7 +43,7 @@ class FcNetwork(CodewordNetwork):
         layers: list[nn.Module] = []
         for inputs, outputs in itertools.pairwise(widths):
             layers += [nn.Linear(inputs, outputs), nn.ReLU()]
-        self.layers = nn.Sequential(*layers, nn.Linear(widths[-1], elements))
+        self.layers = nn.Sequential(*layers, self._output_layer(nn.Linear(widths[-1], elements)))
 
     def _refine(self, tokens: torch.Tensor) -> torch.Tensor:
         return self.layers(tokens.flatten(1)).unflatten(1, tokens.shape[1:])
@@ -77,6 +77,7 @@ class TransformerNetwork(CodewordNetwork):
     def __init__(self, config: TransformerCodewordConfig):
         super().__init__(config)
         self.transformer = ChannelTransformer(config.architecture())
+        self._output_layer(self.transformer.output)
 
     def _refine(self, tokens: torch.Tensor) -> torch.Tensor:
         return self.transformer(tokens)

@@ -22,8 +22,8 @@ class CodewordConfig:
     Attributes:
         dimension: N_c, complex elements of a codeword, polarisation-major.
         polarizations: equal parts that become tokens of their own (eq. 16).
-        residual: True adds the output of eq. 21 to the codeword (in the same unit) before the unit norm; the paper's
-            network predicts the refined codeword as a whole.
+        residual: True adds the output of eq. 21 to the codeword (in the same unit) before the unit norm, and starts at
+            the codeword itself; the paper's network predicts the refined codeword as a whole.
     """
 
     dimension: int = 128
@@ -87,6 +87,14 @@ class CodewordNetwork(nn.Module):
         """Float ``[n, polarizations, token_features]`` -> complex ``[n, dimension]`` of unit norm (eq. 22)."""
         words = torch.complex(*tokens.float().chunk(2, dim=2)).flatten(1)
         return words / torch.linalg.vector_norm(words, dim=1, keepdim=True)
+
+    def _output_layer(self, layer: nn.Linear) -> nn.Linear:
+        """``layer`` as the network's last: with ``residual`` its weights start at zero, so that a network that is
+        drawn anew gives the codeword itself."""
+        if self.config.residual:
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        return layer
 
     def _refine(self, tokens: torch.Tensor) -> torch.Tensor:
         """Float ``[n, polarizations, token_features]`` -> the same, before Tanh."""

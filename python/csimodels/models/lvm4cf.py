@@ -97,7 +97,7 @@ class Lvm4Cf(CodewordNetwork):
         self.backbone = backbone
         if not config.final_norm:
             _drop_final_norm(backbone)
-        self.output = nn.Linear(width, features)
+        self.output = self._output_layer(nn.Linear(width, features))
 
     def _refine(self, tokens: torch.Tensor) -> torch.Tensor:
         x = self.embed(tokens)
