@@ -19,7 +19,7 @@ from csimodels.models.codeword_baselines import (
     count_parameters,
     describe,
 )
-from csimodels.models.codeword_network import CodewordConfig, feedback_bits, refine_codebook
+from csimodels.models.codeword_network import CodewordConfig, refine_codebook
 from csimodels.models.lvm4cf import Lvm4CfConfig
 
 pytestmark = pytest.mark.usefixtures("small_models")
@@ -198,10 +198,10 @@ def test_what_does_not_fit_is_refused():
         refine_codebook(network, words(2, 4))
     with pytest.raises(ValueError, match="batch: expected at least 1, got 0"):
         refine_codebook(network, words(2), batch=0)
-    with pytest.raises(ValueError, match="dimension: expected a multiple of polarizations=2, got 7"):
+    with pytest.raises(ValueError, match="dimension: expected a multiple of polarisations=2, got 7"):
         CodewordConfig(7)
-    with pytest.raises(ValueError, match="polarizations: expected at least 1, got 0"):
-        CodewordConfig(8, polarizations=0)
+    with pytest.raises(ValueError, match="polarisations: expected at least 1, got 0"):
+        CodewordConfig(8, polarisations=0)
     with pytest.raises(ValueError, match="hidden: expected at least one width"):
         FcConfig(hidden=())
     with pytest.raises(ValueError, match="width: expected a multiple of heads"):
@@ -217,14 +217,3 @@ def test_a_network_that_lost_its_mind_is_noticed():
     torch.nn.init.constant_(network.layers[-1].bias, math.nan)
     with pytest.raises(FloatingPointError, match="refines codeword 0 to one without a direction"):
         refine_codebook(network, words(2))
-
-
-@pytest.mark.parametrize(("count", "bits"), [(2, 1), (4, 2), (2**20, 20)])
-def test_bits_of_a_codebook(count, bits):
-    assert feedback_bits(torch.zeros(1, 1).expand(count, 1)) == bits
-
-
-@pytest.mark.parametrize("count", [0, 1, 3, 2**20 + 1, 2**21])
-def test_a_codebook_of_no_whole_number_of_bits_is_refused(count):
-    with pytest.raises(ValueError, match=r"codebook: expected 2\^B codewords with B in 1..20"):
-        feedback_bits(torch.zeros(1, 1).expand(count, 1))

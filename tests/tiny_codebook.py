@@ -10,6 +10,8 @@ import torch
 from csimodels.channels.environment import CellConfig, Environment
 from csimodels.channels.rays import AntennaArray, SubcarrierGrid
 from csimodels.models.backbone import BackboneConfig
+from csimodels.models.codebook_file import FeedbackCodebook
+from csimodels.models.codebooks import PortLayout, rvq_codebook
 from csimodels.models.codeword_baselines import FcConfig
 from csimodels.models.lvm4cf import Lvm4CfConfig
 from csimodels.training.codebook_training import CodebookData, CodebookTraining
@@ -39,11 +41,9 @@ def site(count: int, array: AntennaArray | None = None, *, index: int = 3, seed:
     return h / torch.linalg.vector_norm(h, dim=1, keepdim=True)
 
 
-def codebook(bits: int = 4, seed: int = 0) -> torch.Tensor:
-    """Random, complex64 ``[2^bits, 16]``, unit norm."""
-    generator = torch.Generator().manual_seed(100 + seed)
-    words = torch.randn(2**bits, 16, dtype=torch.complex64, generator=generator)
-    return words / torch.linalg.vector_norm(words, dim=1, keepdim=True)
+def codebook(bits: int = 4, seed: int = 0) -> FeedbackCodebook:
+    """Random, 2^bits codewords for two polarisations of 2 x 4 antennas."""
+    return FeedbackCodebook(rvq_codebook(bits, 16, seed=seed), "rvq", PortLayout(2, 2, 4))
 
 
 def data(index: int = 3) -> CodebookData:

@@ -38,7 +38,7 @@ class FcNetwork(CodewordNetwork):
 
     def __init__(self, config: FcConfig):
         super().__init__(config)
-        elements = config.polarizations * config.token_features
+        elements = config.polarisations * config.token_features
         widths = (elements, *config.hidden)
         layers: list[nn.Module] = []
         for inputs, outputs in itertools.pairwise(widths):
@@ -65,7 +65,7 @@ class TransformerCodewordConfig(CodewordConfig):
     def architecture(self) -> TransformerConfig:
         """Of the encoder, one token per polarisation."""
         return TransformerConfig(
-            self.polarizations, self.token_features, self.layers, self.width, self.heads, self.feedforward
+            self.polarisations, self.token_features, self.layers, self.width, self.heads, self.feedforward
         )
 
 

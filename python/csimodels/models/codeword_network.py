@@ -12,8 +12,6 @@ import math
 import torch
 from torch import nn
 
-MAX_BITS = 20
-
 
 @dataclasses.dataclass(frozen=True)
 class CodewordConfig:
@@ -21,28 +19,28 @@ class CodewordConfig:
 
     Attributes:
         dimension: N_c, complex elements of a codeword, polarisation-major.
-        polarizations: equal parts that become tokens of their own (eq. 16).
+        polarisations: equal parts that become tokens of their own (eq. 16).
         residual: True adds the output of eq. 21 to the codeword (in the same unit) before the unit norm, and starts at
             the codeword itself; the paper's network predicts the refined codeword as a whole.
     """
 
     dimension: int = 128
-    polarizations: int = 2
+    polarisations: int = 2
     residual: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("dimension", "polarizations"):
+        for name in ("dimension", "polarisations"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        if self.dimension % self.polarizations:
+        if self.dimension % self.polarisations:
             raise ValueError(
-                f"dimension: expected a multiple of polarizations={self.polarizations}, got {self.dimension}"
+                f"dimension: expected a multiple of polarisations={self.polarisations}, got {self.dimension}"
             )
 
     @property
     def token_features(self) -> int:
         """Reals of one token: real parts, then imaginary parts (eq. 17); N_c with two polarisations."""
-        return 2 * self.dimension // self.polarizations
+        return 2 * self.dimension // self.polarisations
 
 
 class CodewordNetwork(nn.Module):
@@ -79,12 +77,12 @@ class CodewordNetwork(nn.Module):
         return self.to_words(refined)
 
     def to_tokens(self, words: torch.Tensor) -> torch.Tensor:
-        """Complex ``[n, dimension]`` -> float ``[n, polarizations, token_features]`` (eqs. 16 and 17)."""
-        parts = words.unflatten(1, (self.config.polarizations, -1))
+        """Complex ``[n, dimension]`` -> float ``[n, polarisations, token_features]`` (eqs. 16 and 17)."""
+        parts = words.unflatten(1, (self.config.polarisations, -1))
         return torch.cat([parts.real, parts.imag], dim=2) * math.sqrt(2 * self.config.dimension)
 
     def to_words(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Float ``[n, polarizations, token_features]`` -> complex ``[n, dimension]`` of unit norm (eq. 22)."""
+        """Float ``[n, polarisations, token_features]`` -> complex ``[n, dimension]`` of unit norm (eq. 22)."""
         words = torch.complex(*tokens.float().chunk(2, dim=2)).flatten(1)
         return words / torch.linalg.vector_norm(words, dim=1, keepdim=True)
 
@@ -97,7 +95,7 @@ class CodewordNetwork(nn.Module):
         return layer
 
     def _refine(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Float ``[n, polarizations, token_features]`` -> the same, before Tanh."""
+        """Float ``[n, polarisations, token_features]`` -> the same, before Tanh."""
         raise NotImplementedError
 
 
@@ -133,19 +131,6 @@ def refine_codebook(network: CodewordNetwork, codebook: torch.Tensor, batch: int
     if len(bad):
         raise FloatingPointError(f"the network refines codeword {int(bad[0])} to one without a direction")
     return refined
-
-
-def feedback_bits(codebook: torch.Tensor) -> int:
-    """B of a codebook ``[..., K, D]`` of K = 2^B codewords.
-
-    Raises:
-        ValueError: K is no power of two from 2^1 to 2^20.
-    """
-    count = codebook.shape[-2] if codebook.ndim >= 2 else 0
-    bits = count.bit_length() - 1
-    if not 1 <= bits <= MAX_BITS or count != 1 << bits:
-        raise ValueError(f"codebook: expected 2^B codewords with B in 1..{MAX_BITS}, got shape {tuple(codebook.shape)}")
-    return bits
 
 
 def _check_words(name: str, words: torch.Tensor, dimension: int) -> None:

@@ -93,7 +93,7 @@ class Lvm4Cf(CodewordNetwork):
         )
         self.position = None
         if config.backbone.family not in _ROTARY:
-            self.position = nn.Parameter(torch.randn(config.polarizations, width) * 0.02)
+            self.position = nn.Parameter(torch.randn(config.polarisations, width) * 0.02)
         self.backbone = backbone
         if not config.final_norm:
             _drop_final_norm(backbone)

@@ -12,7 +12,6 @@ Every interval is a run of the common :class:`csimodels.training.loop.Trainer`; 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -25,9 +24,10 @@ from torch import nn
 
 import csikernels
 from csimodels.files import load_metadata, write_json
+from csimodels.models.codebook_file import FeedbackCodebook, load_codebook, save_codebook
 from csimodels.models.codeword_baselines import build_network, describe
-from csimodels.models.codeword_network import CodewordConfig, CodewordNetwork, feedback_bits, refine_codebook
-from csimodels.training.codeword_file import FINGERPRINT, load_codebook, load_network, save_codebook, save_network
+from csimodels.models.codeword_network import CodewordConfig, CodewordNetwork, refine_codebook
+from csimodels.training.codeword_file import FINGERPRINT, load_network, save_network
 from csimodels.training.loop import Batch, TrainConfig, Trainer
 from csimodels.training.run_state import STATE
 
@@ -123,13 +123,13 @@ class EnhancedCodebook:
     """The outcome of a training.
 
     Attributes:
-        codebook: complex64 ``[K, D]``, unit norm.
-        validation: mean cosine similarity on the validation channels in the training's deployment.
+        book: the codebook, for deployment SS or DS; its ``kind`` is the network's name.
+        validation: mean cosine similarity on the validation channels in that deployment.
         history: one entry per interval: ``interval``, ``validation`` of its codebook, whether it was ``kept``, and
             what the training did; the first, ``interval`` 0, is the conventional codebook's at both ends.
     """
 
-    codebook: torch.Tensor
+    book: FeedbackCodebook
     validation: float
     history: list[dict[str, Any]]
 
@@ -187,7 +187,7 @@ class _Pairs:
 
 def enhance_codebook(
     training: CodebookTraining,
-    codebook: torch.Tensor,
+    conventional: FeedbackCodebook,
     data: CodebookData,
     run_dir: Path,
     *,
@@ -206,78 +206,76 @@ def enhance_codebook(
 
     Args:
         training: which network, and how.
-        codebook: the conventional one, complex64 ``[K, D]`` of K = 2^B codewords, B in 1..20. It is not changed: with
-            SS the UE keeps it.
+        conventional: the codebook that both ends have, ``[K, D]``. It is not changed: with SS the UE keeps it.
         data: of the site; for MSLCF of all sites of one environment type.
         run_dir: output folder.
         accelerator: see :func:`csimodels.training.loop.make_accelerator`.
         on_step: progress callback ``(step, total_steps, loss)``, per interval.
 
     Raises:
-        TypeError, ValueError: codebook, channels or initial checkpoint that do not fit; a file or state in ``run_dir``
-            of another run; what :class:`Trainer` refuses.
+        ValueError: codebook, channels or initial checkpoint that do not fit; a file or state in ``run_dir`` of another
+            run; what :class:`Trainer` refuses.
         FloatingPointError: a loss, a validation value or a codeword became infinite or NaN.
     """
-    _check(training, codebook, data)
+    _check(training, conventional, data)
     fingerprint = json.loads(
-        json.dumps({"training": training.described(), "data": data.description, "codebook": _digest(codebook)})
+        json.dumps({"training": training.described(), "data": data.description, "codebook": conventional.digest()})
     )
     done = _read(run_dir / CODEBOOK, fingerprint)
     if done is not None:
         return done
-    device = accelerator.device
+    device, single = accelerator.device, training.deployment == "single_side"
     state = _read(run_dir / _PROGRESS, fingerprint)
-    current = codebook if state is None else state.codebook
+    current = (conventional if state is None else state.book).words
     train, validation = _Pairs(data.train, current, device), _Pairs(data.validation, current, device)
-    if state is None:
-        first = {"interval": 0, "validation": validation.cosine, "kept": True}
-        state = EnhancedCodebook(codebook, validation.cosine, [first])
-    for interval in range(len(state.history), training.intervals + 1):
+    best = validation.cosine if state is None else state.validation
+    history = [{"interval": 0, "validation": best, "kept": True}] if state is None else state.history
+    for interval in range(len(history), training.intervals + 1):
         stage_dir = run_dir / f"interval{interval}"
         stage_print = {**fingerprint, "interval": interval}
         network, log = _fit(training, interval, train, validation, stage_dir, stage_print, accelerator, on_step)
-        candidate = refine_codebook(network, state.codebook)
-        if training.deployment == "single_side":
+        candidate = refine_codebook(network, current)
+        if single:
             value, kept = validation.refined_cosine(network), True
         else:
             repaired = _Pairs(data.validation, candidate, device)
             (value,) = broadcast_object_list([repaired.cosine])  # processes that rounded differently could part over it
-            kept = value > state.validation
-        history = [*state.history, {"interval": interval, "validation": value, "kept": kept, **log}]
-        state = dataclasses.replace(state, history=history)
+            kept = value > best
+        history = [*history, {"interval": interval, "validation": value, "kept": kept, **log}]
         if kept:
-            state = EnhancedCodebook(candidate, value, history)
+            current, best = candidate, value
         if accelerator.is_main_process:
-            if training.deployment == "single_side":
+            if single:
                 save_network(run_dir / NETWORK, network, extra={FINGERPRINT: fingerprint})
-            _write(run_dir / _PROGRESS, state, fingerprint)
+            save_codebook(run_dir / _PROGRESS, _book(training, conventional, current, best, history, fingerprint))
             (stage_dir / STATE).unlink(missing_ok=True)  # several times the weights, and of no more use
         accelerator.wait_for_everyone()
         if kept and interval < training.intervals:
             train, validation = _Pairs(data.train, candidate, device), repaired
+    book = _book(training, conventional, current, best, history, fingerprint)
     if accelerator.is_main_process:
-        write_json(run_dir / LOG, {**fingerprint, "validation": state.validation, "history": state.history})
-        _write(run_dir / CODEBOOK, state, fingerprint)
+        write_json(run_dir / LOG, {**fingerprint, "validation": best, "history": history})
+        save_codebook(run_dir / CODEBOOK, book)
         (run_dir / _PROGRESS).unlink(missing_ok=True)
     accelerator.wait_for_everyone()
-    return state
+    return EnhancedCodebook(book, best, history)
 
 
 def enhance_environments(
     training: CodebookTraining,
-    codebook: torch.Tensor,
+    conventional: FeedbackCodebook,
     environments: Mapping[str, CodebookData],
     run_dir: Path,
     *,
     accelerator: Accelerator,
     on_step: Callable[[int, int, float], None] | None = None,
-) -> torch.Tensor:
-    """MSLCF's codebooks (eqs. 12 and 13), complex64 ``[E, K, D]`` in the order of ``environments``.
+) -> FeedbackCodebook:
+    """MSLCF's codebooks (eqs. 12 and 13), ``[E, K, D]`` in the order of ``environments``.
 
     Args:
         training: of every environment type; MSLCF is for dual-side deployment.
         environments: name (a folder in ``run_dir``) -> channels of many sites of that type.
-        codebook, run_dir, accelerator, on_step: as :func:`enhance_codebook`, which each type's codebook comes from.
+        conventional, run_dir, accelerator, on_step: as :func:`enhance_codebook`, which each type's codebook comes from.
 
     Raises:
         ValueError: single-side deployment, or no environment; what :func:`enhance_codebook` raises.
@@ -286,14 +284,31 @@ def enhance_environments(
         raise ValueError(f"training: expected the deployment 'dual_side', got {training.deployment!r}")
     if not environments:
         raise ValueError("environments: expected at least one, got none")
-    return torch.stack(
-        [
-            enhance_codebook(
-                training, codebook, data, run_dir / name, accelerator=accelerator, on_step=on_step
-            ).codebook
-            for name, data in environments.items()
-        ]
-    )
+    books = [
+        enhance_codebook(training, conventional, data, run_dir / name, accelerator=accelerator, on_step=on_step).book
+        for name, data in environments.items()
+    ]
+    return stack_books(dict(zip(environments, books, strict=True)))
+
+
+def stack_books(books: Mapping[str, FeedbackCodebook]) -> FeedbackCodebook:
+    """Codebooks ``[K, D]`` of environment types by name as one ``[E, K, D]``.
+
+    Raises:
+        ValueError: no codebook, or some that differ in kind, shape or ports.
+    """
+    if not books:
+        raise ValueError("books: expected at least one, got none")
+    first, *others = books.values()
+    for other in others:
+        if (other.kind, other.ports, other.words.shape) != (first.kind, first.ports, first.words.shape):
+            raise ValueError(
+                f"books: expected {first.kind} for {first.ports}, {tuple(first.words.shape)}, as the first is, got "
+                f"{other.kind} for {other.ports}, {tuple(other.words.shape)}"
+            )
+    words = torch.stack([book.words for book in books.values()])
+    source = {name: dict(book.source) for name, book in books.items()}
+    return FeedbackCodebook(words, first.kind, first.ports, environments=tuple(books), source=source)
 
 
 def _fit(
@@ -335,32 +350,49 @@ def _fit(
     return cast(CodewordNetwork, accelerator.unwrap_model(trainer.model)), log
 
 
-def _write(path: Path, state: EnhancedCodebook, fingerprint: dict[str, Any]) -> None:
-    save_codebook(
-        path,
-        state.codebook,
-        {"validation": state.validation, "history": state.history, FINGERPRINT: fingerprint},
+def _book(
+    training: CodebookTraining,
+    conventional: FeedbackCodebook,
+    words: torch.Tensor,
+    validation: float,
+    history: list[dict[str, Any]],
+    fingerprint: dict[str, Any],
+) -> FeedbackCodebook:
+    single = training.deployment == "single_side"
+    return FeedbackCodebook(
+        words,
+        describe(training.network)["network"],
+        conventional.ports,
+        deployment="SS" if single else "DS",
+        ue_digest=conventional.digest() if single else None,
+        source={"validation": validation, "history": history, FINGERPRINT: fingerprint},
     )
 
 
 def _read(path: Path, fingerprint: dict[str, Any]) -> EnhancedCodebook | None:
     if not path.exists():
         return None
-    codebook, metadata = load_codebook(path)
-    if metadata.get(FINGERPRINT) != fingerprint:
+    book = load_codebook(path)
+    if book.source.get(FINGERPRINT) != fingerprint:
         raise ValueError(f"{path}: belongs to another training; choose another output folder or remove the file")
-    return EnhancedCodebook(codebook, metadata["validation"], metadata["history"])
+    return EnhancedCodebook(book, book.source["validation"], book.source["history"])
 
 
-def _digest(codebook: torch.Tensor) -> str:
-    return hashlib.sha256(torch.view_as_real(codebook).cpu().contiguous().numpy().data).hexdigest()
-
-
-def _check(training: CodebookTraining, codebook: torch.Tensor, data: CodebookData) -> None:
-    dimension = training.network.dimension
-    for name, value in (("codebook", codebook), ("train", data.train), ("validation", data.validation)):
-        if value.dtype != torch.complex64 or value.ndim != 2 or value.shape[1] != dimension or not len(value):
+def _check(training: CodebookTraining, conventional: FeedbackCodebook, data: CodebookData) -> None:
+    network, ports = training.network, conventional.ports
+    if conventional.deployment != "DS" or conventional.words.ndim != 2:
+        raise ValueError(
+            f"conventional: expected a codebook [K, D] of both ends, got {tuple(conventional.words.shape)} of "
+            f"deployment {conventional.deployment}"
+        )
+    if (network.dimension, network.polarisations) != (len(ports), ports.polarisations):
+        raise ValueError(
+            f"conventional: expected a codebook for {network.dimension} ports of {network.polarisations} "
+            f"polarisation(s), as the network is, got {ports}"
+        )
+    for name in ("train", "validation"):
+        h = getattr(data, name)
+        if h.dtype != torch.complex64 or h.ndim != 2 or h.shape[1] != network.dimension or not len(h):
             raise ValueError(
-                f"{name}: expected complex64 [n, {dimension}], not empty, got {value.dtype} {tuple(value.shape)}"
+                f"{name}: expected complex64 [n, {network.dimension}], not empty, got {h.dtype} {tuple(h.shape)}"
             )
-    feedback_bits(codebook)

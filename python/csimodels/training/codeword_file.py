@@ -1,4 +1,4 @@
-"""Codebooks and the networks that refine them, on disk."""
+"""Networks that refine codewords, on disk."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from csimodels.files import load_tensors, save_tensors
 from csimodels.models.codeword_baselines import build_network, config_of, describe
 from csimodels.models.codeword_network import CodewordNetwork
 
-_NETWORK, _CODEBOOK = "csimodels.codeword_network", "csimodels.codebook"
+_FORMAT = "csimodels.codeword_network"
 FINGERPRINT = "fingerprint"
 
 
 def save_network(path: str | os.PathLike, network: CodewordNetwork, *, extra: Mapping[str, Any] | None = None) -> None:
     """Write a network and all that rebuilds it, atomically; ``extra`` are JSON-serialisable entries of the metadata."""
-    metadata = {"format": _NETWORK, "version": __version__, "config": describe(network.config), **(extra or {})}
+    metadata = {"format": _FORMAT, "version": __version__, "config": describe(network.config), **(extra or {})}
     save_tensors(path, network.state_dict(), metadata)
 
 
@@ -32,8 +32,8 @@ def load_network(path: str | os.PathLike) -> tuple[CodewordNetwork, dict[str, An
         ImportError: LVM4CF's backbone needs the extra ``llm``.
     """
     tensors, metadata = load_tensors(path)
-    if metadata.get("format") != _NETWORK:
-        raise ValueError(f"{path}: not a codeword network (its metadata has no format {_NETWORK!r})")
+    if metadata.get("format") != _FORMAT:
+        raise ValueError(f"{path}: not a codeword network (its metadata has no format {_FORMAT!r})")
     try:
         # The weights follow; the generator of whoever loads a file is none of its business.
         with torch.random.fork_rng(devices=[]):
@@ -48,21 +48,3 @@ def load_network(path: str | os.PathLike) -> tuple[CodewordNetwork, dict[str, An
     except RuntimeError as error:
         raise ValueError(f"{path}: its weights do not fit its own configuration: {error}") from None
     return network.eval(), metadata
-
-
-def save_codebook(path: str | os.PathLike, codebook: torch.Tensor, extra: Mapping[str, Any]) -> None:
-    """Write a codebook, complex64 ``[K, D]``, atomically; ``extra`` are JSON-serialisable entries of the metadata."""
-    save_tensors(path, {"codebook": codebook}, {"format": _CODEBOOK, "version": __version__, **extra})
-
-
-def load_codebook(path: str | os.PathLike) -> tuple[torch.Tensor, dict[str, Any]]:
-    """Read what :func:`save_codebook` wrote: the codebook and the metadata.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: not a codebook, or one that is not whole.
-    """
-    tensors, metadata = load_tensors(path)
-    if metadata.get("format") != _CODEBOOK or "codebook" not in tensors:
-        raise ValueError(f"{path}: not a codebook (its metadata has no format {_CODEBOOK!r})")
-    return tensors["codebook"], metadata

@@ -1,7 +1,8 @@
-"""Codebook feedback with enhanced codebooks: which codebook lies where, what is reported, what must be signalled.
+"""Deployments of enhanced codebooks: which lies where, for any number of sites at once, and what must be signalled.
 
 Source: "Extract the Best, Discard the Rest: CSI Feedback with Offline Large AI Models" (Zhuang et al.), section III.
-SSLCF gives a site a codebook of its own, MSLCF an environment type.
+SSLCF gives a site a codebook of its own, MSLCF one to each environment type. Reports as bytes are the business of
+:mod:`csimodels.models.codebook_codec`.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ import dataclasses
 import torch
 
 import csikernels
-from csimodels.models.codeword_network import feedback_bits
+from csimodels.models.codebook_file import FeedbackCodebook
 
-COMPLEX64_BYTES = 8
+_WORD_BYTES = 8  # of a complex number as a float32 pair
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Signalling:
         report_bits: B, from the UE, per channel.
         codebook_bytes: from the BS to a UE that comes to the site, as float32 pairs (by RRC, section III-A).
         environment_bits: from the BS to a UE that comes to the site: which of the stored codebooks is in use.
-        stored_bytes: codebooks that the UE keeps, whatever the site.
+        stored_bytes: enhanced codebooks that the UE keeps, whatever the site.
     """
 
     report_bits: int
@@ -33,64 +34,73 @@ class Signalling:
     stored_bytes: int = 0
 
 
-class CodebookFeedback:
-    """A UE and a BS with their codebooks; build one with a class method.
+class CodebookDeployment:
+    """A UE and its BSs; build one with a class method.
 
     Args:
-        ue: complex64 or complex128 ``[K, D]``, or ``[E, K, D]`` for a codebook per environment type: where the UE
-            looks for its channel.
-        bs: of the same shape: where the BS looks up the index.
+        ue: where the UE looks for its channel. bs: where the BS looks the index up.
         signalling: the costs.
-        precision: of the search, as :class:`csikernels.Codebook`.
 
     Raises:
-        TypeError, ValueError: as :class:`csikernels.Codebook`; shapes that differ; K other than 2^B, B in 1..20.
+        ValueError: shapes that differ, or a codebook at the UE that is for the BS alone.
     """
 
-    def __init__(self, ue: torch.Tensor, bs: torch.Tensor, signalling: Signalling, precision: str = "exact"):
-        self.bits = feedback_bits(ue)
-        if bs.shape != ue.shape or bs.device != ue.device or not bs.is_complex():
+    def __init__(self, ue: FeedbackCodebook, bs: FeedbackCodebook, signalling: Signalling):
+        if bs.words.shape != ue.words.shape:
             raise ValueError(
-                f"bs: expected a complex codebook {tuple(ue.shape)} on {ue.device}, like the UE's, got {bs.dtype} "
-                f"{tuple(bs.shape)} on {bs.device}"
+                f"bs: expected a codebook {tuple(ue.words.shape)} like the UE's, got {tuple(bs.words.shape)}"
             )
+        if ue.deployment != "DS":
+            raise ValueError(f"ue: expected a codebook that the UE keeps, got one of deployment {ue.deployment}")
         self.signalling = signalling
-        self._search = csikernels.Codebook(ue, precision)
-        self._words = bs.detach().clone()
+        self._search = csikernels.Codebook(ue.words)
+        self._words = bs.words
 
     @classmethod
-    def single_side(cls, conventional: torch.Tensor, enhanced: torch.Tensor, **options: str) -> CodebookFeedback:
-        """SSLCF, SS deployment: the UE keeps the ``conventional`` codebook, the BS has the ``enhanced`` one."""
-        return cls(conventional, enhanced, Signalling(feedback_bits(conventional)), **options)
+    def conventional(cls, book: FeedbackCodebook) -> CodebookDeployment:
+        """Both ends have one codebook ``[K, D]`` that a standard gave them."""
+        _check_environments("book", book, several=False)
+        return cls(book, book, Signalling(book.bits))
 
     @classmethod
-    def dual_side(cls, enhanced: torch.Tensor, **options: str) -> CodebookFeedback:
+    def single_side(cls, conventional: FeedbackCodebook, enhanced: FeedbackCodebook) -> CodebookDeployment:
+        """SSLCF, SS deployment: the UE keeps the ``conventional`` codebook, the BS has the ``enhanced`` one.
+
+        Raises:
+            ValueError: ``enhanced`` does not say that it was made for ``conventional``.
+        """
+        if enhanced.deployment != "SS" or enhanced.ue_digest != conventional.digest():
+            raise ValueError(
+                f"enhanced: expected a codebook for the UE's {conventional.digest()} (SS), got one for "
+                f"{enhanced.ue_digest} ({enhanced.deployment})"
+            )
+        return cls(conventional, enhanced, Signalling(conventional.bits))
+
+    @classmethod
+    def dual_side(cls, enhanced: FeedbackCodebook) -> CodebookDeployment:
         """SSLCF, DS deployment: both have the ``enhanced`` codebook ``[K, D]``, which the BS sends to the UE."""
-        if enhanced.ndim != 2:
-            raise ValueError(f"enhanced: expected [K, D], got {tuple(enhanced.shape)}")
-        size = COMPLEX64_BYTES * enhanced.numel()
-        return cls(enhanced, enhanced, Signalling(feedback_bits(enhanced), codebook_bytes=size), **options)
+        _check_environments("enhanced", enhanced, several=False)
+        return cls(enhanced, enhanced, Signalling(enhanced.bits, codebook_bytes=_WORD_BYTES * enhanced.words.numel()))
 
     @classmethod
-    def multi_scenario(cls, codebooks: torch.Tensor, **options: str) -> CodebookFeedback:
-        """MSLCF: both have the ``codebooks`` ``[E, K, D]`` of all environment types; the BS sends its type's index."""
-        if codebooks.ndim != 3 or 0 in codebooks.shape:
-            raise ValueError(f"codebooks: expected a non-empty [E, K, D], got {tuple(codebooks.shape)}")
+    def multi_scenario(cls, books: FeedbackCodebook) -> CodebookDeployment:
+        """MSLCF: both have the codebooks ``[E, K, D]`` of all environment types; the BS sends its type's index."""
+        _check_environments("books", books, several=True)
         signalling = Signalling(
-            feedback_bits(codebooks),
-            environment_bits=(len(codebooks) - 1).bit_length(),
-            stored_bytes=COMPLEX64_BYTES * codebooks.numel(),
+            books.bits,
+            environment_bits=(len(books.environments) - 1).bit_length(),
+            stored_bytes=_WORD_BYTES * books.words.numel(),
         )
-        return cls(codebooks, codebooks, signalling, **options)
+        return cls(books, books, signalling)
 
     def report_index(
         self, h: torch.Tensor, environment: int | torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """At the UE: the index to feed back (eqs. 11 and 15).
+        """At the UE: the index to feed back (eqs. 11 and 15), B bits.
 
         Args:
             h: complex64 or complex128 ``[N, D]``.
-            environment: MSLCF's type of the site, one for all rows or int64 ``[N]``.
+            environment: MSLCF's type of each channel's site, int64 ``[N]``, or one for all.
 
         Returns:
             index int64 ``[N]``, -1 for a channel that is zero or not finite; similarity to the UE's codeword, float32
@@ -99,11 +109,10 @@ class CodebookFeedback:
         Raises:
             TypeError, ValueError: as :func:`csikernels.codebook_argmax`; an environment out of range.
         """
-        environment = self._environment(environment, len(h))
-        return self._search.search(h, environment)
+        return self._search.search(h, self._environment(environment, len(h)))
 
     def reconstruct(self, index: torch.Tensor, environment: int | torch.Tensor | None = None) -> torch.Tensor:
-        """At the BS: the channel's direction, complex ``[N, D]``, from int64 ``index`` ``[N]``.
+        """At the BS: the channels' directions, complex64 ``[N, D]``, from int64 ``index`` ``[N]``.
 
         Raises:
             TypeError: ``index`` is not int64.
@@ -138,3 +147,9 @@ class CodebookFeedback:
         if len(wrong):
             raise ValueError(f"environment: expected values in 0..{types - 1}, got {int(wrong[0])}")
         return environment
+
+
+def _check_environments(name: str, book: FeedbackCodebook, *, several: bool) -> None:
+    if (book.words.ndim == 3) != several:
+        wanted = "[E, K, D]" if several else "[K, D]"
+        raise ValueError(f"{name}: expected a codebook {wanted}, got {tuple(book.words.shape)}")
