@@ -158,9 +158,11 @@ def test_fig8(tiny, tmp_path):
 
 def test_fig9(tiny, tmp_path):
     rows, report = run_experiment("lvm4cf-fig9", tmp_path)
-    assert list(table_of(report, "Sum rate (bit/s/hz), 4 users, zero forcing, SF-SS, B = 5")[1]) == SINGLE
-    _, table = table_of(report, "Sum rate (bit/s/hz), 4 users, zero forcing, SF-DS, B = 5")
+    assert list(table_of(report, "Sum rate (bit/s/Hz) at one site, 4 users, zero forcing, SF-SS, B = 5")[1]) == SINGLE
+    assert list(table_of(report, "zero forcing, MF-DS, B = 5")[1]) == DUAL
+    _, table = table_of(report, "zero forcing, SF-DS, B = 5")
     assert list(table) == DUAL
+    assert {row["test"] for row in rows} == {"site"}
     rvq = select(rows, method="rvq", bits=5, condition="rate", snr_db=20)[0]
     h, words = site(16, index=3, seed=2), rvq_codebook(5, 16, seed=0)
     estimate = words[(h @ words.mH).abs().argmax(1)]

@@ -110,21 +110,27 @@ def fig8(s: Settings) -> Outcome:
         table.append([name, row["parameters"], paper, *(f"{value:.0f}" for value in times[label]), rate])
     device = f"{platform.machine()}, {torch.get_num_threads()} threads"
     report = f"B = {bits}, one report on {device}, median of {s.repeats}; no network runs online. "
-    report += f"{RATE.capitalize()} of {USERS} users at {_REPORT_SNR_DB:g} dB:\n\n"
+    report += f"S{RATE[1:]} of {USERS} users at {_REPORT_SNR_DB:g} dB:\n\n"
     header = ["method", "parameters", "of the paper's sizes", "UE, µs", "BS, µs", RATE]
     return Outcome(rows, report + markdown_table(header, table), None)
 
 
 def fig9(s: Settings) -> Outcome:
-    """Sum rate of zero forcing for four users against the SNR, SS and DS, at two numbers of bits."""
+    """Sum rate of zero forcing for four users of one site against the SNR, SS and DS, at two numbers of bits."""
+    frameworks = (
+        ("SF-SS", "single_side", s.site()),
+        ("SF-DS", "dual_side", s.site()),
+        ("MF-DS", "dual_side", s.environment(s.sizes.environments[0])),
+    )
     rows: list[Row] = []
     panels, report = {}, ""
-    for deployment, title in (("single_side", "SF-SS"), ("dual_side", "SF-DS")):
+    for title, deployment, channels in frameworks:
         for bits in s.sizes.few_bits:
-            found = s.run(s.methods(deployment, bits, s.site(), snrs_db=s.snrs_db))
+            found = s.run(s.methods(deployment, bits, channels, test=s.site(), snrs_db=s.snrs_db))
             curves = against_snr(s, found)
-            panels[f"{RATE}, {title}, B = {bits}"] = curves
-            report += f"{RATE.capitalize()}, {USERS} users, zero forcing, {title}, B = {bits}:\n\n"
+            if channels == s.site():  # six panels would not fit beside each other
+                panels[f"{RATE}, {title}, B = {bits}"] = curves
+            report += f"S{RATE[1:]} at one site, {USERS} users, zero forcing, {title}, B = {bits}:\n\n"
             header = ["codebook", *(f"{snr:g} dB" for snr in s.snrs_db)]
             report += markdown_table(header, [[name, *values] for name, (_, values) in curves.items()]) + "\n"
             rows += found

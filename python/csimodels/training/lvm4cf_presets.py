@@ -110,13 +110,13 @@ def codebook_preset(name: str) -> CodebookPreset:
         )
     return CodebookPreset(
         name,
-        samples=(20_000, 3_000, 3_000),
-        pooled_samples=(20_000, 3_000, 3_000),
-        single_side_epochs=16,
-        dual_side_epochs=32,
-        update_interval=8,
-        batch_size=512,
-        learning_rate=1e-3,
+        samples=(12_000, 2_000, 2_000),
+        pooled_samples=(12_000, 2_000, 2_000),
+        single_side_epochs=12,
+        dual_side_epochs=24,
+        update_interval=6,
+        batch_size=256,
+        learning_rate=2e-3,
         bits=(4, 6, 8, 10),
         few_bits=(6, 10),
         networks={
