@@ -5,7 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-from csimodels.evaluation import lasco_experiments, llmcsinet_experiments, llmcsinet_settings
+from csimodels.evaluation import (
+    lasco_experiments,
+    llmcsinet_experiments,
+    llmcsinet_settings,
+    lvm4cf_experiments,
+    lvm4cf_settings,
+)
 from csimodels.evaluation.outcome import Context, Outcome
 from csimodels.training.checkpoint_store import CheckpointStore
 
@@ -35,10 +41,15 @@ def _llmcsinet(function: Callable[[llmcsinet_settings.Settings], Outcome]) -> Ca
     return lambda context: function(llmcsinet_settings.settings(context))
 
 
+def _lvm4cf(function: Callable[[lvm4cf_settings.Settings], Outcome]) -> Callable[[Context], Outcome]:
+    return lambda context: function(lvm4cf_settings.settings(context))
+
+
 EXPERIMENTS: dict[str, Experiment] = {
     **{name: Experiment(text, _lasco(function)) for name, (text, function) in lasco_experiments.EXPERIMENTS.items()},
     **{
         name: Experiment(text, _llmcsinet(function))
         for name, (text, function) in llmcsinet_experiments.EXPERIMENTS.items()
     },
+    **{name: Experiment(text, _lvm4cf(function)) for name, (text, function) in lvm4cf_experiments.EXPERIMENTS.items()},
 }

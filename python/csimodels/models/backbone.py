@@ -1,7 +1,7 @@
 """The Transformer layers of a language model, pre-trained or drawn anew, that map token embeddings to token embeddings.
 
 Layers, weights and configurations are those of `transformers`; vocabulary and position embeddings are left out, since
-CSI tokens bring their own (LLMCsiNet, section IV-D).
+CSI tokens bring their own (LLMCsiNet, section IV-D; LVM4CF, section IV-A).
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ def _transformers() -> Any:
     try:
         import transformers
     except ImportError:
-        raise ImportError("LLMCsiNet's backbone needs transformers: pip install 'csikernels[llm]'") from None
+        raise ImportError("the backbone needs transformers: pip install 'csikernels[llm]'") from None
     return transformers
 
 
