@@ -25,7 +25,8 @@ def train(
         Path | None, typer.Option(help="HDF5 or COST 2100 .mat file to train on, split 8:1:1; default: --channels")
     ] = None,
     channels: Annotated[
-        str, typer.Option(help="built-in set: indoor_los, outdoor_nlos or uma_28ghz (needs the extra sionna)")
+        str,
+        typer.Option(help="indoor_los, outdoor_nlos, uma_28ghz (extra sionna) or raytraced (extra raytracing)"),
     ] = "outdoor_nlos",
     preset: Annotated[
         str, typer.Option(help="laptop (for two CPU cores) or paper (the paper's sizes and epochs)")

@@ -115,30 +115,21 @@ def read_scenario(
     users = np.flatnonzero(np.isfinite(paths["power"]).any(axis=1))
     if not len(users):
         raise ValueError(f"{folder}: {pair}: expected users with paths, got none of {shape[0]}")
-    power = np.where(np.isfinite(paths["power"]), paths["power"], -np.inf)[users]
-    strongest = np.argsort(-power, axis=1, kind="stable")[:, :max_paths]
-    there = np.isfinite(np.take_along_axis(power, strongest, axis=1))
-    kept = {
-        name: np.where(there, np.take_along_axis(values[users], strongest, axis=1), 0.0)
-        for name, values in paths.items()
-    }
+    there = np.isfinite(paths["power"][users])
+    known = {name: np.where(there, values[users], 0.0) for name, values in paths.items()}
+    rays = _rays(known, there, speed_kmh / 3.6 * carrier / SPEED_OF_LIGHT, np.random.default_rng(seed))
+    rays = rays.strongest(max_paths)
     return DeepMimoScenario(
         carrier=carrier,
         users=torch.from_numpy(users),
         positions=torch.from_numpy(positions[users].astype(np.float64)),
-        rays=_rays(kept, there, align, speed_kmh / 3.6 * carrier / SPEED_OF_LIGHT, np.random.default_rng(seed)),
+        rays=rays.aligned() if align else rays,
     )
 
 
-def _rays(
-    paths: dict[str, np.ndarray], there: np.ndarray, align: bool, max_doppler: float, rng: np.random.Generator
-) -> Rays:
+def _rays(paths: dict[str, np.ndarray], there: np.ndarray, max_doppler: float, rng: np.random.Generator) -> Rays:
     """Of matrices ``[user, path]``, 0 where ``there`` is False."""
     amplitude = np.where(there, 10 ** (paths["power"] / 20), 0.0)
-    delay = paths["delay"]
-    if align:
-        first = np.where(there, delay, np.inf).min(axis=1, keepdims=True)
-        delay = np.where(there, delay - first, 0.0)
     doppler = None
     if max_doppler:
         heading = rng.uniform(-math.pi, math.pi, (len(there), 1))
@@ -146,7 +137,7 @@ def _rays(
         doppler = torch.from_numpy(max_doppler * (arrival * unit_vectors(heading, np.array(math.pi / 2))).sum(-1))
     return Rays(
         gain=torch.from_numpy(amplitude * np.exp(1j * np.deg2rad(paths["phase"]))),
-        delay=torch.from_numpy(delay),
+        delay=torch.from_numpy(paths["delay"]),
         direction=torch.from_numpy(_directions(paths, "aod")),
         doppler=doppler,
     )

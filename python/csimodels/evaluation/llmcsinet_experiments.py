@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from csimodels.channels.angle_delay import angle_delay_preset
+from csimodels.channels.angle_delay_sets import angle_delay_preset
 from csimodels.evaluation import llmcsinet_costs as costs
 from csimodels.evaluation import llmcsinet_tables as tables
 from csimodels.evaluation.figures import Curve

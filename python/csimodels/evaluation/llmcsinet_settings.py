@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from csimodels.channels.angle_delay_sets import angle_delay_preset
 from csimodels.evaluation.figures import Curve, line_figure
 from csimodels.evaluation.llmcsinet_runs import FeedbackTask, run_task
 from csimodels.evaluation.outcome import Context
@@ -92,11 +92,11 @@ class Settings:
 def settings(context: Context) -> Settings:
     """The preset's settings; rows, checkpoints and channels are kept in ``context.out``.
 
-    UMa channels are left out where Sionna is not installed.
+    Channels whose extra is not installed are left out.
     """
     sizes = feedback_preset(context.preset)
-    if not importlib.util.find_spec("sionna"):
-        sizes = dataclasses.replace(sizes, channels=tuple(name for name in sizes.channels if name != "uma_28ghz"))
+    available = tuple(name for name in sizes.channels if angle_delay_preset(name).unavailable() is None)
+    sizes = dataclasses.replace(sizes, channels=available)
     folder = context.out / "checkpoints"
 
     def run(tasks: Sequence[FeedbackTask]) -> list[Row]:

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from csimodels.channels.angle_delay import SPLITS, angle_delay_preset
+from csimodels.channels.angle_delay_sets import angle_delay_preset
+from csimodels.channels.raytracing import SPLITS
 from csimodels.files import load_tensors, save_tensors
 from csimodels.models.backbone import BackboneConfig
 from csimodels.models.llmcsinet import PAPER_CODEWORD_VALUES, VARIANTS, LlmCsiNetConfig
@@ -22,13 +23,13 @@ from csimodels.training.loop import TrainConfig
 LLMCSINET = "llmcsinet"
 GPT2_LARGE = "openai-community/gpt2-large"
 VALUE_BITS = 6  # of the Lloyd-Max codes; decided, the paper gives none
-# Section V-B: f_EN and f_PD keep their stage-1 weights indoors.
-FROZEN = {"indoor_los": True, "outdoor_nlos": False, "uma_28ghz": False}
+# Section V-B: f_EN and f_PD keep their stage-1 weights indoors and in traced scenes.
+FROZEN = {"indoor_los": True, "outdoor_nlos": False, "uma_28ghz": False, "raytraced": True}
 
 
 @dataclasses.dataclass(frozen=True)
 class Channels:
-    """A set of angle-delay channels (:func:`csimodels.channels.angle_delay.angle_delay_preset`), and how many of each.
+    """A set of angle-delay channels (:mod:`csimodels.channels.angle_delay_sets`), and how many of each.
 
     Attributes:
         name: of the set. train, validation, test: samples.
@@ -194,7 +195,7 @@ def feedback_preset(name: str) -> FeedbackPreset:
             transfer_epochs=100,
             compressions=(8, 16, 32, 64),
             variants=("S", "M", "L"),
-            channels=("outdoor_nlos", "indoor_los", "uma_28ghz"),
+            channels=("outdoor_nlos", "indoor_los", "uma_28ghz", "raytraced"),
             wide=True,
         )
     return FeedbackPreset(
