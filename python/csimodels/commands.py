@@ -429,6 +429,14 @@ def experiment(
         "runs/experiments"
     ),
     workers: Workers = None,
+    channels: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="for llmcsinet-*, repeatable: sets in place of the preset's, the first for most figures: indoor_los, "
+            "outdoor_nlos, uma_28ghz, raytraced, or NAME=PATH of your own files (a folder of COST 2100 .mat files, of "
+            "train.h5, validation.h5 and test.h5, or of a DeepMIMO scenario; or one .mat or .h5 file)"
+        ),
+    ] = None,
     show_list: Annotated[bool, typer.Option("--list", help="name every experiment with its figure")] = False,
 ) -> None:
     """Run a paper's experiment; writes NAME.json, NAME.md and NAME.png. Interrupted runs continue.
@@ -455,6 +463,7 @@ def experiment(
                 preset,
                 out,
                 workers,
+                tuple(channels or ()),
                 on_start=errors.print,
                 on_step=lambda step, total, loss: update(step, total, f"training, loss {loss:.4f}"),
                 on_done=lambda done, total, task: update(done, total),

@@ -26,7 +26,7 @@ def train(
     ] = None,
     channels: Annotated[
         str,
-        typer.Option(help="indoor_los, outdoor_nlos, uma_28ghz (extra sionna) or raytraced (extra raytracing)"),
+        typer.Option(help="indoor_los, outdoor_nlos, uma_28ghz, raytraced, or NAME=PATH as for csimodels experiment"),
     ] = "outdoor_nlos",
     preset: Annotated[
         str, typer.Option(help="laptop (for two CPU cores) or paper (the paper's sizes and epochs)")
@@ -64,6 +64,9 @@ def train(
         sizes = dataclasses.replace(
             feedback_preset(preset), **{name: value for name, value in changes.items() if value is not None}
         )
+        if data is None:
+            sizes = sizes.with_channels([channels])
+            (channels,) = sizes.channels
         if model == "llmcsinet":
             chosen = {} if backbone is None else {"backbone": _backbone(sizes, variant, backbone)}
             name = channels if data is None else "user"

@@ -92,11 +92,12 @@ class Settings:
 def settings(context: Context) -> Settings:
     """The preset's settings; rows, checkpoints and channels are kept in ``context.out``.
 
-    Channels whose extra is not installed are left out.
+    Without channels in ``context``, they are the preset's; those whose extra is not installed are left out.
     """
     sizes = feedback_preset(context.preset)
-    available = tuple(name for name in sizes.channels if angle_delay_preset(name).unavailable() is None)
-    sizes = dataclasses.replace(sizes, channels=available)
+    sizes = sizes.with_channels(
+        context.channels or [name for name in sizes.channels if angle_delay_preset(name).unavailable() is None]
+    )
     folder = context.out / "checkpoints"
 
     def run(tasks: Sequence[FeedbackTask]) -> list[Row]:
