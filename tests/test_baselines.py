@@ -8,12 +8,14 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from csimodels.models.baselines import BASELINES, LABELS, codeword_length, codeword_values
+from csimodels.models.baselines import BASELINES, CLASSICAL, LABELS, codeword_length, codeword_values
 from csimodels.models.crnet import CRNet, load_checkpoint
 from csimodels.models.csinet import CsiNet
 from csimodels.models.gcrnet import GCRNet
 from csimodels.models.idasnet import IdasNet
+from csimodels.models.largest_elements import LargestElements
 from csimodels.models.llmcsinet import Codeword, compression_ratio
+from csimodels.models.principal_components import PrincipalComponents
 from csimodels.models.transindecnet import TransInDecNet
 
 RATIOS = (1 / 8, 1 / 16, 1 / 32, 1 / 64)
@@ -24,9 +26,12 @@ MAKERS = {
     "idasnet": lambda: IdasNet(16, **SMALL),
     "transindecnet": lambda: TransInDecNet(16, feedforward=32, **SMALL),
     "gcrnet": lambda: GCRNet(16, patch=4, width=16, **SMALL),
+    "pca": lambda: PrincipalComponents(16, **SMALL),
+    "largest": lambda: LargestElements(16, **SMALL),
 }
 every = pytest.mark.parametrize("name", MAKERS)
-autoencoders = pytest.mark.parametrize("name", [name for name in MAKERS if name != "idasnet"])
+learning = pytest.mark.parametrize("name", [name for name in MAKERS if name not in CLASSICAL])
+autoencoders = pytest.mark.parametrize("name", [name for name in MAKERS if name not in ("idasnet", "largest")])
 
 
 def make(name, seed=0):
@@ -127,7 +132,7 @@ def test_empty_batches(name):
     assert model(samples(0)).shape == (0, 2, 8, 8)
 
 
-@every
+@learning
 def test_it_learns(name):
     model = make(name)
     # Samples of a two-dimensional space, sparse as angle-delay channels are: well within 16 numbers.
@@ -471,3 +476,65 @@ def test_idasnet_sends_the_largest_elements_of_its_image():
     magnitude = codeword.values.abs()
     assert (magnitude[:, :-1] >= magnitude[:, 1:]).all()
     assert model.config.prediction is False and model.prediction is None
+
+
+# Classical methods ----------------------------------------------------------------------------------------------------
+
+
+def test_the_largest_elements_are_sent_as_they_are():
+    model, h = make("largest"), samples()
+    values, indices, mean = model.encode(h)
+    rows = h.flatten(1)
+    expected = rows.abs().topk(16).indices
+    assert torch.equal(indices.sort().values, expected.sort().values)
+    assert torch.equal(values, rows.gather(1, indices))
+    decoded = model.decode(model.encode(h)).flatten(1)
+    torch.testing.assert_close(decoded.gather(1, indices), values)
+    rest = torch.ones_like(rows, dtype=torch.bool).scatter(1, indices, False)
+    torch.testing.assert_close(decoded[rest], mean[:, None].expand_as(rows)[rest])
+    assert model.ue_parameters() == model.bs_parameters() == 0
+
+
+@pytest.mark.parametrize("count", [1, 5, 16, 127, 128, 400])
+def test_principal_components_are_the_best_projection(count):
+    model = PrincipalComponents(16, **SMALL)
+    # Unequal variances, in a basis that is not that of the elements.
+    generator = torch.Generator().manual_seed(3)
+    basis = torch.linalg.qr(torch.randn(128, 128, generator=generator)).Q
+    rows = torch.randn(count, 128, generator=generator) * torch.linspace(3, 0.01, 128) @ basis
+    h = rows.unflatten(1, (2, 8, 8))
+    model.fit(h)
+    error = (model(h) - h).square().sum().item()
+    singular = torch.linalg.svdvals(rows.double())
+    assert error == pytest.approx(singular[16:].square().sum().item(), rel=1e-4, abs=1e-3)
+    assert model.ue_parameters() == model.bs_parameters() == 16 * 128
+    # Coarser codewords are the first values of finer ones.
+    finer = PrincipalComponents(20, **SMALL)
+    finer.fit(h)
+    torch.testing.assert_close(finer.components.weight[:16], model.components.weight)
+
+
+def test_principal_components_need_samples():
+    with pytest.raises(ValueError, match="h: expected at least one sample, got none"):
+        make("pca").fit(samples(0))
+    with pytest.raises(ValueError, match=r"h: expected shape \[batch, 2, 8, 8\]"):
+        make("pca").fit(samples(4, 8, 9))
+
+
+@pytest.mark.parametrize("name", ["crnet", "gcrnet"])
+def test_the_first_output_is_small(name):
+    model, h = make(name), samples(64)
+    error = (model(h) - h).square().sum() / h.square().sum()
+    assert 1 < error < 1.3
+
+
+@pytest.mark.parametrize("name", ["csinet", "crnet", "gcrnet"])
+def test_the_gain_is_one_for_public_checkpoints_and_the_unit_of_h_otherwise(name):
+    maker = {"csinet": CsiNet, "crnet": CRNet, "gcrnet": GCRNet}[name]
+    assert maker(4, scale=1.0).gain == 1
+    assert maker(4).gain == 4 / 64
+    assert maker(4, gain=0.5).gain == 0.5
+    maps = torch.tensor([0.01, -0.02])
+    torch.testing.assert_close(maker(4)._from_maps(maps), maps, rtol=1e-4, atol=1e-6)
+    with pytest.raises(ValueError, match="gain: expected a positive number, got 0"):
+        maker(4, gain=0)

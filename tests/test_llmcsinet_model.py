@@ -411,7 +411,7 @@ def test_array_smaller_than_the_radius(delays, antennas):
         ({"keep_fraction": 1.5}, "keep_fraction: expected above 0 to 1, got 1.5"),
         ({"neighbours": "all"}, "neighbours: expected 'grid' or 'random', got 'all'"),
         ({"selection": "best"}, "selection: expected 'information' or 'image', got 'best'"),
-        ({"mask": "none"}, "mask: expected 'self_information' or 'random', got 'none'"),
+        ({"mask": "none"}, "mask: expected 'self_information' or 'random' or 'magnitude', got 'none'"),
         ({"preliminary": False, "prediction": False}, "expected at least one of them to be True"),
     ],
 )

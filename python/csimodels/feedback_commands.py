@@ -19,7 +19,7 @@ Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; default: 
 def train(
     out: Annotated[Path, typer.Option(file_okay=False, help="output folder; an interrupted run there is continued")],
     model: Annotated[
-        str, typer.Option(help="llmcsinet, or a network to compare with: csinet, crnet, idasnet and others")
+        str, typer.Option(help="llmcsinet, or a method to compare with: csinet, crnet, idasnet, pca and others")
     ] = "llmcsinet",
     data: Annotated[
         Path | None, typer.Option(help="HDF5 or COST 2100 .mat file to train on, split 8:1:1; default: --channels")
@@ -75,9 +75,12 @@ def train(
             raise ValueError(f"all-ratios, backbone: expected neither for {model}, which has one ratio and no backbone")
         else:
             training = sizes.baseline(model, compression)
+            given = [name for name, value in changes.items() if value is not None]
+            if given and not training.stages:
+                raise ValueError(f"{', '.join(given)}: expected none for {model}, which has no training")
         training = training.seeded(seed)
         source = _training_data(sizes, channels, data, out)
-        accelerator = make_accelerator(training.stages[-1].train)
+        accelerator = make_accelerator(training.last_train())
         with progress(f"training {model}") as update:
             _, best = train_feedback(
                 training,

@@ -15,6 +15,7 @@ from csimodels.channels.angle_delay import noisy, to_frequency
 from csimodels.evaluation.metrics import nmse_db, sgcs, user_rates
 from csimodels.evaluation.precoding import zf
 from csimodels.evaluation.task_rows import Row
+from csimodels.models.channel_transformer import device_of
 from csimodels.models.llmcsinet import Codeword, LlmCsiNet
 from csimodels.models.payload import PayloadFormat, quantized, relative_values
 from csimodels.models.quantizer import LloydMax
@@ -85,7 +86,7 @@ def run_task(task: FeedbackTask) -> list[Row]:
         task.training,
         task.channels.training_data(data_folder),
         run_dir,
-        accelerator=make_accelerator(task.training.stages[-1].train, cpu=not torch.cuda.is_available()),
+        accelerator=make_accelerator(task.training.last_train(), cpu=not torch.cuda.is_available()),
     )
     stages = json.loads((run_dir / LOG).read_text())["stages"]
     splits = task.channels.load(data_folder)
@@ -142,7 +143,7 @@ def reconstruct(
     ``m`` elements are fed back where the network can choose, and their values quantised where there is a quantiser.
     """
     model: Any = network
-    device = next(network.parameters()).device
+    device = device_of(network)
     parts = []
     for part in h.split(_BATCH):
         codeword = model.encode(part.to(device)) if m is None else model.encode(part.to(device), m)

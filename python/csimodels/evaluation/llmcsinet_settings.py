@@ -27,6 +27,7 @@ class Settings:
     Attributes:
         sizes: of networks, trainings and channels.
         baselines: names, those of Fig. 5. few: those of the other figures.
+        classical: names of methods without training that are shown beside both.
         folder: of checkpoints and channels.
         run: tasks -> rows; see :func:`csimodels.evaluation.task_rows.run_tasks`.
         snrs_db: of noisy CSI (Fig. 7). rate_snrs_db: of the downlink (Fig. 12).
@@ -37,6 +38,7 @@ class Settings:
     sizes: FeedbackPreset
     baselines: tuple[str, ...]
     few: tuple[str, ...]
+    classical: tuple[str, ...]
     folder: Path
     run: Callable[[Sequence[FeedbackTask]], list[Row]]
     snrs_db: tuple[float, ...]
@@ -79,13 +81,13 @@ class Settings:
         return self.task(LABELS[name], self.sizes.baseline(name, compression), channels, compression, **more)
 
     def all_methods(self, channels: str | Channels, compression: int, **more: Any) -> list[FeedbackTask]:
-        """Every network of Fig. 5."""
-        tasks = [self.baseline(name, channels, compression, **more) for name in self.baselines]
+        """The classical methods, and every network of Fig. 5."""
+        tasks = [self.baseline(name, channels, compression, **more) for name in (*self.classical, *self.baselines)]
         return tasks + [self.variant(name, channels, compression, **more) for name in self.sizes.variants]
 
     def few_methods(self, channels: str | Channels, compression: int, **more: Any) -> list[FeedbackTask]:
-        """The two baselines of the later figures, and the largest LLMCsiNet."""
-        tasks = [self.baseline(name, channels, compression, **more) for name in self.few]
+        """The classical methods, the two baselines of the later figures, and the largest LLMCsiNet."""
+        tasks = [self.baseline(name, channels, compression, **more) for name in (*self.classical, *self.few)]
         return [*tasks, self.variant(self.largest, channels, compression, **more)]
 
 
@@ -110,6 +112,7 @@ def settings(context: Context) -> Settings:
         sizes,
         baselines=("crnet", "idasnet", "transindecnet", "gcrnet"),
         few=("crnet", "idasnet"),
+        classical=("largest", "pca"),
         folder=folder,
         run=run,
         snrs_db=(0, 5, 10, 15, 20, 25, 30) if paper else (0, 10, 20, 30),

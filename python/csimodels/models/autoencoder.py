@@ -23,12 +23,25 @@ class CsiAutoencoder(nn.Module):
             (:mod:`csimodels.channels.cost2100`), ``h / scale + 0.5`` is one; by default ``2 sqrt(Nc Nt)``, which no
             sample of energy ``Nc Nt`` exceeds. For a public checkpoint take 1 and ``h = x - 0.5``, with angles before
             delays as in the files.
+        gain: what a network multiplies by before the sigmoid that makes its image. Public checkpoints have 1, which is
+            the default where ``scale`` is given. Otherwise it is ``4 / scale``: an output of 1 is then 1 in the unit
+            of ``h`` until the sigmoid bends it. The functions to choose from are the same, since everything behind
+            the last normalisation is homogeneous; but from 1 an optimiser must first shrink the output to a hundredth,
+            and with it the gradients (a thousand steps in which nothing is learned).
 
     Raises:
         ValueError: M is below 1 or above the elements of ``h``, a size below 1, or a scale that is not positive.
     """
 
-    def __init__(self, codeword_length: int, *, delays: int = 32, antennas: int = 32, scale: float | None = None):
+    def __init__(
+        self,
+        codeword_length: int,
+        *,
+        delays: int = 32,
+        antennas: int = 32,
+        scale: float | None = None,
+        gain: float | None = None,
+    ):
         super().__init__()
         if min(delays, antennas) < 1:
             raise ValueError(f"delays, antennas: expected at least 1, got {delays} and {antennas}")
@@ -40,6 +53,11 @@ class CsiAutoencoder(nn.Module):
         self.scale = 2 * math.sqrt(delays * antennas) if scale is None else scale
         if not 0 < self.scale < math.inf:
             raise ValueError(f"scale: expected a positive number, got {scale}")
+        if gain is None:
+            gain = 4 / self.scale if scale is None else 1.0
+        if not 0 < gain < math.inf:
+            raise ValueError(f"gain: expected a positive number, got {gain}")
+        self.gain = gain
 
     def encode(self, h: torch.Tensor) -> torch.Tensor:
         """Float32 ``[batch, 2, delays, antennas]`` -> codeword, float32 ``[batch, M]``.
@@ -84,8 +102,9 @@ class CsiAutoencoder(nn.Module):
     def _to_image(self, h: torch.Tensor) -> torch.Tensor:
         return h / self.scale + 0.5
 
-    def _from_image(self, image: torch.Tensor) -> torch.Tensor:
-        return (image - 0.5) * self.scale
+    def _from_maps(self, maps: torch.Tensor) -> torch.Tensor:
+        """What the last layer gives, through the sigmoid that makes an image within [0, 1], in the unit of ``h``."""
+        return ((maps * self.gain).sigmoid() - 0.5) * self.scale
 
     def _check(self, name: str, value: torch.Tensor, shape: tuple[int, ...]) -> None:
         dtype = next(self.parameters()).dtype

@@ -1,4 +1,4 @@
-"""The baselines of LLMCsiNet by name and compression ratio (section V-B)."""
+"""The baselines of LLMCsiNet by name and compression ratio (section V-B), and classical methods beside them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from csimodels.models.crnet import CRNet
 from csimodels.models.csinet import CsiNet
 from csimodels.models.gcrnet import GCRNet
 from csimodels.models.idasnet import IdasNet
+from csimodels.models.largest_elements import LargestElements
 from csimodels.models.llmcsinet import PAPER_CODEWORD_VALUES, codeword_bits
+from csimodels.models.principal_components import PrincipalComponents
 from csimodels.models.transindecnet import TransInDecNet
 
 _ELEMENTS = 2 * 32 * 32
@@ -56,11 +58,17 @@ BASELINES: dict[str, Callable[[float], nn.Module]] = {
     "idasnet": lambda ratio: IdasNet(codeword_values(ratio)),
     "transindecnet": lambda ratio: TransInDecNet(codeword_length(ratio)),
     "gcrnet": lambda ratio: GCRNet(codeword_length(ratio)),
+    "pca": lambda ratio: PrincipalComponents(codeword_length(ratio)),
+    "largest": lambda ratio: LargestElements(codeword_values(ratio)),
 }
+# Without stages of training; principal components are fitted to the training samples.
+CLASSICAL = ("pca", "largest")
 LABELS = {
     "csinet": "CsiNet",
     "crnet": "CRNet",
     "idasnet": "IdasNet",
     "transindecnet": "TransInDecNet",
     "gcrnet": "GCRNet-1x",
+    "pca": "Principal components",
+    "largest": "Largest elements",
 }

@@ -7,6 +7,7 @@ large model (LAM) is deep and pre-norm, the small ones (SAM) are shallow and pos
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 
 import torch
@@ -122,6 +123,12 @@ def _attention(module: nn.MultiheadAttention, x: torch.Tensor) -> torch.Tensor:
     q, k, v = qkv.view(batch, tokens, 3, module.num_heads, width // module.num_heads).permute(2, 0, 3, 1, 4)
     weights = torch.softmax(q @ k.mT / math.sqrt(q.shape[-1]), dim=-1)
     return module.out_proj((weights @ v).transpose(1, 2).reshape(batch, tokens, width))
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module's parameters and buffers are; the CPU for one that has none."""
+    first = next(itertools.chain(module.parameters(), module.buffers()), None)
+    return torch.device("cpu") if first is None else first.device
 
 
 def parameter_count(module: nn.Module) -> int:

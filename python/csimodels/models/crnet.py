@@ -28,11 +28,19 @@ class CRNet(CsiAutoencoder):
     0.53 M, and at smaller M they agree as well.
 
     Args:
-        codeword_length, delays, antennas, scale: as :class:`csimodels.models.autoencoder.CsiAutoencoder`.
+        codeword_length, delays, antennas, scale, gain: as :class:`csimodels.models.autoencoder.CsiAutoencoder`.
     """
 
-    def __init__(self, codeword_length: int, *, delays: int = 32, antennas: int = 32, scale: float | None = None):
-        super().__init__(codeword_length, delays=delays, antennas=antennas, scale=scale)
+    def __init__(
+        self,
+        codeword_length: int,
+        *,
+        delays: int = 32,
+        antennas: int = 32,
+        scale: float | None = None,
+        gain: float | None = None,
+    ):
+        super().__init__(codeword_length, delays=delays, antennas=antennas, scale=scale, gain=gain)
         self.encoder1 = chain(
             conv3x3_bn=conv_bn(2, 2, 3, 3), conv1x9_bn=conv_bn(2, 2, 1, 9), conv9x1_bn=conv_bn(2, 2, 9, 1)
         )
@@ -42,6 +50,7 @@ class CRNet(CsiAutoencoder):
         self.decoder_fc = nn.Linear(codeword_length, self.elements)
         self.decoder_feature = self._features()
         self.apply(_initialise)
+        _start_small(self.decoder_feature)
 
     def _features(self) -> nn.Module:
         layers = chain(conv5x5_bn=conv_bn(2, 2, 5, 5))
@@ -58,7 +67,7 @@ class CRNet(CsiAutoencoder):
 
     def _decode(self, codeword: torch.Tensor) -> torch.Tensor:
         initial = self.decoder_fc(codeword).unflatten(1, self.shape)
-        return self._from_image(self.decoder_feature(initial).sigmoid())
+        return self._from_maps(self.decoder_feature(initial))
 
     def _ue_modules(self) -> Iterator[nn.Module]:
         yield from (self.encoder1, self.encoder2, self.encoder_conv, self.encoder_fc)
@@ -122,6 +131,21 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike) -> None:
         model.load_state_dict(state)
     except RuntimeError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def _start_small(features: nn.Module) -> None:
+    """Let the decoder's first output be small: an error of a fraction of a dB above that of an estimate of zero.
+
+    Decided. With scales of 1 the output of random weights has several times the energy of ``h``; the cheapest descent
+    is then to cancel it, which ends at outputs of zero, where the dense layers get no gradient. Batch normalisations
+    that end a residual path start at 0, as is usual, and the first one at 0.3.
+    """
+    for name, module in features.named_modules():
+        if isinstance(module, nn.BatchNorm2d):
+            if name.endswith("conv1x1.bn"):
+                nn.init.zeros_(module.weight)
+            elif name.startswith("conv5x5_bn"):
+                nn.init.constant_(module.weight, 0.3)
 
 
 def _initialise(module: nn.Module) -> None:

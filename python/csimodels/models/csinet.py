@@ -27,11 +27,19 @@ class CsiNet(CsiAutoencoder):
     Parameters at M = 256, 2 x 32 x 32: 524,586 at the UE and 529,698 at the BS.
 
     Args:
-        codeword_length, delays, antennas, scale: as :class:`csimodels.models.autoencoder.CsiAutoencoder`.
+        codeword_length, delays, antennas, scale, gain: as :class:`csimodels.models.autoencoder.CsiAutoencoder`.
     """
 
-    def __init__(self, codeword_length: int, *, delays: int = 32, antennas: int = 32, scale: float | None = None):
-        super().__init__(codeword_length, delays=delays, antennas=antennas, scale=scale)
+    def __init__(
+        self,
+        codeword_length: int,
+        *,
+        delays: int = 32,
+        antennas: int = 32,
+        scale: float | None = None,
+        gain: float | None = None,
+    ):
+        super().__init__(codeword_length, delays=delays, antennas=antennas, scale=scale, gain=gain)
         self.encoder_conv = nn.Conv2d(2, 2, 3, padding=1)
         self.encoder_bn = nn.BatchNorm2d(2, eps=_EPSILON)
         self.encoder_fc = nn.Linear(self.elements, codeword_length)
@@ -46,7 +54,7 @@ class CsiNet(CsiAutoencoder):
 
     def _decode(self, codeword: torch.Tensor) -> torch.Tensor:
         initial = self.decoder_fc(codeword).unflatten(1, self.shape)
-        return self._from_image(self.output(self.refine2(self.refine1(initial))).sigmoid())
+        return self._from_maps(self.output(self.refine2(self.refine1(initial))))
 
     def _ue_modules(self) -> Iterator[nn.Module]:
         yield from (self.encoder_conv, self.encoder_bn, self.encoder_fc)

@@ -25,8 +25,8 @@ class GCRNet(CRNet):
     1.729 M, where Table IV gives 2.18 M, 1.92 M, 1.79 M and 1.72 M (all within 0.6%).
 
     Args:
-        codeword_length, delays, antennas, scale: as :class:`csimodels.models.autoencoder.CsiAutoencoder`; delays and
-            antennas are multiples of ``patch``.
+        codeword_length, delays, antennas, scale, gain: as :class:`csimodels.models.autoencoder.CsiAutoencoder`; delays
+            and antennas are multiples of ``patch``.
         width: maps of each path of a block, a multiple of 4 (the groups). Decided: 480, by the parameters of GCRNet-1x.
         patch: side of the squares whose elements become maps of their own. Decided: 8, so that the many parameters act
             on 16 positions and one sample costs 27 M multiply-adds at the BS.
@@ -42,6 +42,7 @@ class GCRNet(CRNet):
         delays: int = 32,
         antennas: int = 32,
         scale: float | None = None,
+        gain: float | None = None,
         width: int = 480,
         patch: int = 8,
     ):
@@ -50,7 +51,7 @@ class GCRNet(CRNet):
         if patch < 1 or delays % patch or antennas % patch:
             raise ValueError(f"patch: expected a divisor of {delays} delays and {antennas} antennas, got {patch}")
         self._width, self._patch = width, patch
-        super().__init__(codeword_length, delays=delays, antennas=antennas, scale=scale)
+        super().__init__(codeword_length, delays=delays, antennas=antennas, scale=scale, gain=gain)
 
     def _features(self) -> nn.Module:
         layers = chain(conv5x5_bn=conv_bn(2, 2, 5, 5))

@@ -69,9 +69,10 @@ class LlmCsiNetConfig:
             does not state, is set per sample so. Fed back elements are kept in any case.
         selection: ``"information"`` ranks elements by the self-information of ``H``, ``"image"`` by the magnitude of
             the self-information image. The paper allows both readings.
-        mask: ``"self_information"``, or ``"random"`` for the ablation without f_EN (Fig. 10): M elements of ``H``
-            itself at random positions.
-        preliminary, prediction: False for the ablations without f_PD and without f_TP (Fig. 10).
+        mask: ``"self_information"``, or without f_EN, M elements of ``H`` itself: at random positions (``"random"``,
+            the ablation of Fig. 10), or the largest (``"magnitude"``, not in the paper).
+        preliminary, prediction: False for the ablations without f_PD and without f_TP (Fig. 10). Without both, the BS
+            fills in the mean, which takes elements of ``H`` itself.
         patch: S_p, side of the CSI patch that makes a token.
         features: feature maps of the encoder.
         backbone: the language model's layers.
@@ -122,8 +123,11 @@ class LlmCsiNetConfig:
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}: expected {' or '.join(map(repr, choices))}, got {getattr(self, name)!r}")
-        if not (self.preliminary or self.prediction):
-            raise ValueError("preliminary, prediction: expected at least one of them to be True, got False and False")
+        if self.mask == "self_information" and not (self.preliminary or self.prediction):
+            raise ValueError(
+                "preliminary, prediction: expected at least one of them to be True for a self-information image, "
+                "got False and False"
+            )
 
     @property
     def elements(self) -> int:
@@ -159,7 +163,7 @@ class LlmCsiNetConfig:
 _CHOICES = {
     "neighbours": ("grid", "random"),
     "selection": ("information", "image"),
-    "mask": ("self_information", "random"),
+    "mask": ("self_information", "random", "magnitude"),
 }
 
 
@@ -176,7 +180,7 @@ class LlmCsiNet(nn.Module):
 
     def __init__(self, config: LlmCsiNetConfig, *, pretrained: bool = True):
         super().__init__()
-        self.encoder = None if config.mask == "random" else SelfInformationEncoder(config)
+        self.encoder = SelfInformationEncoder(config) if config.mask == "self_information" else None
         self.preliminary_decoder = PreliminaryDecoder() if config.preliminary else None
         self.prediction = TokenPrediction(config, pretrained=pretrained) if config.prediction else None
         if self.prediction is not None:  # its sizes may have come from a source
@@ -184,6 +188,8 @@ class LlmCsiNet(nn.Module):
         self.quantizer = LloydMax(config.quantizer_levels) if config.quantizer_levels is not None else None
         self.config = config
         self._stage1_frozen = False
+        # Its dtype is the model's, which without decoders has no parameter to ask.
+        self.register_buffer("_dtype_of", torch.empty(0), persistent=False)
 
     def encode(
         self, h: torch.Tensor, m: int | torch.Tensor | None = None, *, generator: torch.Generator | None = None
@@ -213,7 +219,9 @@ class LlmCsiNet(nn.Module):
         if not self.config.scale_invariant:
             scale = torch.ones_like(scale)
         scale = scale.to(h.dtype)[:, None]
-        if self.encoder is None:
+        if self.config.mask == "magnitude":
+            values, indices = csikernels.top_m(h.detach().abs().flatten(1), most, source=h.flatten(1))
+        elif self.encoder is None:
             values, indices = self._random_elements(h, most, generator)
         else:
             values, indices = self.encoder(_divide(h, scale[:, :, None, None]), most, m)
@@ -294,7 +302,7 @@ class LlmCsiNet(nn.Module):
         return csikernels.top_m(draw.to(h.dtype), m, source=h.flatten(1))
 
     def _check_csi(self, h: torch.Tensor) -> None:
-        dtype = next(self.parameters()).dtype
+        dtype = self._dtype_of.dtype
         if not isinstance(h, torch.Tensor) or h.dtype != dtype:
             raise TypeError(f"h: expected {dtype}, got {getattr(h, 'dtype', type(h).__name__)}")
         if h.ndim != 4 or tuple(h.shape[1:]) != self.config.shape:

@@ -19,9 +19,11 @@ from torch import nn
 from csimodels.channels.rays import normalize_power
 from csimodels.evaluation.metrics import nmse_db
 from csimodels.files import load_metadata, write_json
-from csimodels.models.baselines import BASELINES
+from csimodels.models.baselines import BASELINES, CLASSICAL
+from csimodels.models.channel_transformer import device_of
 from csimodels.models.llmcsinet import LlmCsiNet, LlmCsiNetConfig
 from csimodels.models.payload import relative_values
+from csimodels.models.principal_components import PrincipalComponents
 from csimodels.training.feedback_file import FINGERPRINT, load_feedback, save_feedback
 from csimodels.training.loop import Batch, TrainConfig, Trainer, TrainResult
 from csimodels.training.run_state import STATE
@@ -59,7 +61,7 @@ class FeedbackTraining:
 
     Attributes:
         model: ``"llmcsinet"`` or a name in :data:`csimodels.models.baselines.BASELINES`.
-        stages: run in this order, each from the best weights of the one before.
+        stages: run in this order, each from the best weights of the one before; none for a classical method.
         config: of LLMCsiNet; None for a baseline.
         compression: 1/sigma of a baseline; None for LLMCsiNet, whose configuration says M.
         lengths: codeword lengths M, one of which is drawn for each sample in each epoch (LLMCsiNet-MC, section V-E);
@@ -86,8 +88,9 @@ class FeedbackTraining:
             raise ValueError(f"config, compression: expected a compression alone for the model {self.model!r}")
         elif self.lengths or any(stage.frozen or stage.part != "whole" for stage in self.stages):
             raise ValueError(f"lengths, stages: expected one length and whole stages for the model {self.model!r}")
-        if not self.stages:
-            raise ValueError("stages: expected at least one, got none")
+        if bool(self.stages) == (self.model in CLASSICAL):
+            expected = "none" if self.model in CLASSICAL else "at least one"
+            raise ValueError(f"stages: expected {expected} for the model {self.model!r}, got {len(self.stages)}")
 
     def seeded(self, seed: int) -> FeedbackTraining:
         """The same training with other weights and another batch order."""
@@ -95,6 +98,10 @@ class FeedbackTraining:
             dataclasses.replace(stage, train=dataclasses.replace(stage.train, seed=seed)) for stage in self.stages
         )
         return dataclasses.replace(self, stages=stages, seed=seed)
+
+    def last_train(self) -> TrainConfig:
+        """How the last stage optimises, which decides the precision; any for a classical method."""
+        return self.stages[-1].train if self.stages else TrainConfig(epochs=1)
 
     def described(self) -> dict[str, Any]:
         """All fields, JSON-serialisable; the initial checkpoint by how it was trained, not by where it lies."""
@@ -197,16 +204,27 @@ def train_feedback(
         )
         results.append(trainer.fit())
         network = cast(_Reconstruction, accelerator.unwrap_model(trainer.model)).network
-    network = network.cpu().requires_grad_(True).eval()
+    network = network.cpu().eval()
+    if training.model in CLASSICAL:
+        _fit_classical(network, data.train)
+        best = validation_nmse_db(network, data.validation)
+    else:
+        network.requires_grad_(True)
+        best = results[-1].best_validation
     _fit_quantizer(network, data.train)
     if accelerator.is_main_process:
-        extra = {"validation_nmse_db": results[-1].best_validation, FINGERPRINT: fingerprint}
+        extra = {"validation_nmse_db": best, FINGERPRINT: fingerprint}
         save_feedback(path, network, training.model, training.compression, extra=extra)
         write_json(run_dir / LOG, {**fingerprint, "stages": [_log(result) for result in results]})
         for number in range(1, len(results) + 1):  # several times the weights each, and of no more use
             (run_dir / f"stage{number}" / STATE).unlink(missing_ok=True)
     accelerator.wait_for_everyone()
-    return network, results[-1].best_validation
+    return network, best
+
+
+def _fit_classical(network: nn.Module, h: torch.Tensor) -> None:
+    if isinstance(network, PrincipalComponents):
+        network.fit(h)
 
 
 @torch.inference_mode()
@@ -304,7 +322,7 @@ def validation_nmse_db(model: nn.Module, h: torch.Tensor, lengths: Sequence[int]
         h: float32 ``[samples, 2, delays, antennas]``.
         lengths: the values of ``m``.
     """
-    device = next(model.parameters()).device
+    device = device_of(model)
     values = []
     for length in lengths or (None,):
         parts = []

@@ -18,6 +18,7 @@ from csimodels.channels.channel_files import ChannelFiles, find_files
 from csimodels.channels.raytracing import SPLITS
 from csimodels.files import load_tensors, save_tensors
 from csimodels.models.backbone import BackboneConfig
+from csimodels.models.baselines import CLASSICAL
 from csimodels.models.llmcsinet import PAPER_CODEWORD_VALUES, VARIANTS, LlmCsiNetConfig
 from csimodels.training.lasco_presets import check_preset
 from csimodels.training.llmcsinet import FeedbackData, FeedbackTraining, Stage
@@ -113,7 +114,9 @@ class FeedbackPreset:
     Attributes:
         samples: for training, validation and test.
         epochs: at most, of each stage of LLMCsiNet; a baseline, which has one stage, gets both stages' together.
-        batch_size, learning_rate, patience: of every stage.
+        batch_size, patience: of every stage.
+        learning_rate: of LLMCsiNet and of IdasNet, which has its encoder. dense_learning_rate: of the baselines with
+            dense layers.
         transfer: sample counts of few-shot transfer (Fig. 11). transfer_epochs: at most.
         compressions: values of 1/sigma. variants: of LLMCsiNet. channels: names of the sets.
         wide: whether the backbone has GPT-2 Large's sizes.
@@ -125,6 +128,7 @@ class FeedbackPreset:
     epochs: int
     batch_size: int
     learning_rate: float
+    dense_learning_rate: float
     patience: int
     transfer: tuple[int, ...]
     transfer_epochs: int
@@ -209,16 +213,19 @@ class FeedbackPreset:
         config = self.config(variant, compression, **changes)
         stages = []
         if config.preliminary:
-            stages.append(Stage(self._train(self.epochs), "preliminary"))
+            stages.append(Stage(self._train(self.epochs, self.learning_rate), "preliminary"))
         if config.prediction:
             frozen = config.preliminary and self._frozen(channels)
-            stages.append(Stage(self._train(self.epochs), "whole", frozen))
+            stages.append(Stage(self._train(self.epochs, self.learning_rate), "whole", frozen))
         lengths = tuple(codeword_values(ratio) for ratio in self.compressions) if mixed_ratios else ()
         return FeedbackTraining(LLMCSINET, tuple(stages), config, lengths=lengths)
 
     def baseline(self, name: str, compression: int) -> FeedbackTraining:
         """A baseline at 1/sigma."""
-        return FeedbackTraining(name, (Stage(self._train(2 * self.epochs)),), compression=compression)
+        if name in CLASSICAL:
+            return FeedbackTraining(name, (), compression=compression)
+        rate = self.learning_rate if name == "idasnet" else self.dense_learning_rate
+        return FeedbackTraining(name, (Stage(self._train(2 * self.epochs, rate)),), compression=compression)
 
     def fine_tuning(self, start: FeedbackTraining, checkpoint: str, samples: int) -> FeedbackTraining:
         """Few-shot transfer: all weights of ``start``'s network go on from ``checkpoint``.
@@ -227,21 +234,20 @@ class FeedbackPreset:
         training are a candidate, so that a handful of samples cannot do harm.
         """
         train = dataclasses.replace(
-            self._train(self.transfer_epochs),
-            learning_rate=self.learning_rate / 10,
+            self._train(self.transfer_epochs, start.stages[-1].train.learning_rate / 10),
             schedule="constant",
             batch_size=min(self.batch_size, samples),
             initial_candidate=True,
         )
         return dataclasses.replace(start, stages=(Stage(train),), initial=checkpoint)
 
-    def _train(self, epochs: int) -> TrainConfig:
+    def _train(self, epochs: int, rate: float) -> TrainConfig:
         # Decided: the paper gives neither batch size, nor the length of the warm-up, nor the final rate of eq. 16.
         return TrainConfig(
             epochs=epochs,
             batch_size=self.batch_size,
-            learning_rate=self.learning_rate,
-            final_learning_rate=self.learning_rate / 40,
+            learning_rate=rate,
+            final_learning_rate=rate / 40,
             weight_decay=0.0,
             patience=self.patience,
             mixed_precision="auto" if self.wide else "no",
@@ -273,6 +279,7 @@ def feedback_preset(name: str) -> FeedbackPreset:
             epochs=300,
             batch_size=200,
             learning_rate=2e-3,
+            dense_learning_rate=2e-3,
             patience=20,
             transfer=(500, 1000, 2000, 3000),
             transfer_epochs=100,
@@ -283,15 +290,17 @@ def feedback_preset(name: str) -> FeedbackPreset:
         )
     return FeedbackPreset(
         name,
-        samples=(2000, 300, 1000),
-        epochs=6,
-        batch_size=32,
-        learning_rate=2e-3,
+        # Small batches and a high rate: what is learned in these minutes depends on the number and length of steps.
+        samples=(4000, 300, 1000),
+        epochs=4,
+        batch_size=8,
+        learning_rate=5e-3,
+        dense_learning_rate=2e-3,
         patience=20,
         transfer=(100, 300, 1000),
         transfer_epochs=6,
         compressions=(8, 32),
-        variants=("S", "L"),
+        variants=("S", "M"),
         channels=("outdoor_nlos", "indoor_los"),
         wide=False,
     )
