@@ -20,6 +20,12 @@ inline void check_precision(c10::string_view precision) {
                     precision, "'");
 }
 
+// complex128 words are scaled as they are copied, so their pack does not go with the words as they were.
+inline void check_copy(const at::Tensor& codebook, bool copy) {
+  TORCH_CHECK_VALUE(copy || codebook.scalar_type() == at::kComplexFloat, "copy: expected True for ",
+                    codebook.scalar_type(), " words, got False");
+}
+
 // codebook or words, complex [K, D] or [E, K, D]
 inline void check_codewords(const at::Tensor& codewords, const char* name) {
   check_complex(codewords, name);

@@ -33,7 +33,7 @@ TORCH_LIBRARY(csikernels, m) {
   m.def("scatter_codeword(Tensor values, Tensor indices, Tensor mean, SymInt[] shape) -> Tensor", tags);
 
   // codebook
-  m.def("codebook_pack(Tensor codebook, str precision) -> (Tensor words, Tensor packed)", tags);
+  m.def("codebook_pack(Tensor codebook, str precision, bool copy=True) -> (Tensor words, Tensor packed)", tags);
   m.def(
       "codebook_search(Tensor h, Tensor words, Tensor packed, Tensor? environment, str precision)"
       " -> (Tensor index, Tensor similarity)",

@@ -17,9 +17,12 @@ import csikernels
 COMMANDS = ("info", "generate", "pretrain", "adapt", "evaluate", "train", "encode", "decode", "experiment", "demo")
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+GROUPS = {"codebook": ("make", "show"), "feedback": ("encode", "decode")}
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, *(f"{group} {name}" for group in GROUPS for name in GROUPS[group])])
 def test_every_command_has_help_that_explains_every_option(command):
-    out = succeed(command, "--help")
+    out = succeed(*command.split(), "--help")
     assert f"Usage: csimodels {command}" in out
     assert f"Example: csimodels {command}" in out
     parameters = re.findall(r"^│ [* ]? *(--[\w-]+|\w+) (.*)│$", out, re.MULTILINE)
@@ -30,12 +33,19 @@ def test_every_command_has_help_that_explains_every_option(command):
 
 def test_help_lists_the_commands_and_where_to_start():
     out = succeed("--help")
-    assert all(re.search(rf"^│ {command} +\w", out, re.MULTILINE) for command in COMMANDS)
+    assert all(re.search(rf"^│ {command} +\w", out, re.MULTILINE) for command in (*COMMANDS, *GROUPS))
     assert "csimodels demo" in out
 
 
-def test_without_a_command_the_help_is_shown():
-    code, out, err = run()
+@pytest.mark.parametrize("group", GROUPS)
+def test_help_of_a_group_lists_its_commands(group):
+    out = succeed(group, "--help")
+    assert all(re.search(rf"^│ {command} +\w", out, re.MULTILINE) for command in GROUPS[group])
+
+
+@pytest.mark.parametrize("group", [(), *((group,) for group in GROUPS)], ids=str)
+def test_without_a_command_the_help_is_shown(group):
+    code, out, err = run(*group)
     assert code == 2
     assert "Usage:" in out + err
     assert "error:" not in out + err

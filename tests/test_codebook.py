@@ -229,6 +229,58 @@ def test_the_pack_is_a_snapshot(backend):
     assert (book.shape, book.dtype, book.device) == ((40, 16), torch.complex64, torch.device("cpu"))
 
 
+@pytest.mark.parametrize("precision", ["exact", "float32"])
+def test_words_are_kept_without_a_copy(backend, precision):
+    h, words, books = gaussian(9, 16), gaussian(40, 16, seed=1), gaussian(2, 40, 16, seed=2)
+    environment = torch.arange(9) % 2
+    for codewords, choice in ((words, ()), (books, (environment,))):
+        given = codewords.clone()
+        copied, kept = Codebook(codewords, precision), Codebook(codewords, precision, copy=False)
+        wanted = copied.search(h, *choice)
+        assert all(torch.equal(a, b) for a, b in zip(kept.search(h, *choice), wanted, strict=True))
+        assert torch.equal(codewords, given)
+        assert kept._words.data_ptr() == codewords.data_ptr() != copied._words.data_ptr()
+        assert kept.nbytes == copied.nbytes and kept.shape == codewords.shape
+        kept.update(codewords.flip(-2), copy=False)
+        index = kept.search(h, *choice)[0]
+        assert torch.equal(39 - index, wanted[0])
+    array = words.numpy()
+    assert np.array_equal(Codebook(array, precision, copy=False).search(h.numpy())[0], Codebook(words).search(h)[0])
+
+
+@pytest.mark.parametrize(
+    ("words", "got"),
+    [
+        (gaussian(6, 8, dtype=torch.complex128), "torch.complex128"),
+        (gaussian(8, 6).T, "torch.complex64, strides"),
+        (gaussian(6, 8).conj(), "torch.complex64, pending conjugation"),
+    ],
+    ids=["complex128", "transposed", "conjugated"],
+)
+def test_words_that_would_have_to_be_copied_are_not_kept(backend, words, got):
+    book = Codebook(gaussian(6, 8))
+    wanted = book.search(gaussian(3, 8, seed=1))[0]
+    with pytest.raises(ValueError, match=f"codebook: expected contiguous complex64 for copy=False, got {got}"):
+        book.update(words, copy=False)
+    assert torch.equal(book.search(gaussian(3, 8, seed=1))[0], wanted)
+
+
+@pytest.mark.parametrize("precision", ["exact", "float32"])
+def test_a_pack_does_not_depend_on_the_copy(backend, precision):
+    words = gaussian(40, 16) * 2.0**-100
+    copied, packed = torch.ops.csikernels.codebook_pack(words, precision)
+    none, alone = torch.ops.csikernels.codebook_pack(words, precision, False)
+    assert torch.equal(copied, words) and none.shape == (0,) and none.dtype == torch.complex64
+    assert torch.equal(alone, packed)
+    _, transposed = torch.ops.csikernels.codebook_pack(words.T.contiguous().T, precision, False)
+    assert torch.equal(transposed, packed)
+    with pytest.raises(ValueError, match="copy: expected True for .* words, got False"):
+        torch.ops.csikernels.codebook_pack(words.to(torch.complex128), precision, False)
+    words[3] = 0
+    with pytest.raises(ValueError, match="codeword 3 is zero"):
+        torch.ops.csikernels.codebook_pack(words, precision, False)
+
+
 def test_update(backend):
     h, old, new = gaussian(9, 16), gaussian(40, 16, seed=1), gaussian(30, 16, seed=2)
     book = Codebook(old)
@@ -322,10 +374,14 @@ def test_a_foreign_pack_is_refused(backend):
         torch.ops.csikernels.codebook_search(gaussian(5, 8), words, packed[:-1], None, "exact")
 
 
-def test_every_backend_packs_for_itself(backend):
-    h, words = gaussian(20, 16), gaussian(80, 16, seed=1)
+@pytest.mark.parametrize("copy", [True, False])
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+def test_every_backend_packs_for_itself(backend, dtype, copy):
+    if not copy and dtype == torch.complex128:
+        pytest.skip("is always copied")
+    h, words = gaussian(20, 16), gaussian(80, 16, dtype=dtype, seed=1) * 1e-30
     with csikernels.use_backend("reference"):
-        book = Codebook(words)
+        book = Codebook(words, copy=copy)
         wanted, _ = book.search(h)
     assert torch.equal(book.search(h)[0], wanted)
 
@@ -348,6 +404,7 @@ def test_no_gradient_and_no_alias(backend):
     h, words = gaussian(5, 8).requires_grad_(), gaussian(9, 8, seed=1).requires_grad_()
     index, similarity = codebook_argmax(h, words)
     assert not similarity.requires_grad
+    assert not Codebook(words, copy=False).search(h)[1].requires_grad
     copy, packed = torch.ops.csikernels.codebook_pack(words.detach(), "exact")
     storages = {tensor.untyped_storage().data_ptr() for tensor in (h, words, index, similarity, copy, packed)}
     assert len(storages) == 6
@@ -357,6 +414,7 @@ def test_no_gradient_and_no_alias(backend):
 def test_opcheck(backend, opcheck, precision):
     h, words = gaussian(5, 8), gaussian(9, 8, seed=1)
     opcheck("codebook_pack", (words, precision))
+    opcheck("codebook_pack", (words, precision, False))
     copy, packed = torch.ops.csikernels.codebook_pack(words, precision)
     opcheck("codebook_search", (h, copy, packed, None, precision))
     books, packed = torch.ops.csikernels.codebook_pack(gaussian(2, 9, 8), precision)
@@ -369,6 +427,8 @@ def test_compile(backend):
     whole = torch.compile(lambda h, words: codebook_argmax(h, words)[0], fullgraph=True)
     assert torch.equal(whole(h, words), wanted)
     book = Codebook(words)
+    kept = torch.compile(lambda h, words: Codebook(words, copy=False).search(h)[0], fullgraph=True)
+    assert torch.equal(kept(h, words), wanted)
     prepared = torch.compile(lambda h: book.search(h)[0], fullgraph=True)
     assert torch.equal(prepared(h), wanted)
     assert torch.equal(prepared(h[:7]), wanted[:7])

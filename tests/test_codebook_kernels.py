@@ -208,3 +208,33 @@ def test_a_pack_of_something_else_is_refused(backend):
     for codewords, pack, precision in others.values():
         with pytest.raises(RuntimeError, match="packed: expected the C.. layout"):
             torch.ops.csikernels.codebook_search(h, codewords, pack, None, precision)
+
+
+LARGEST = """
+import resource, torch
+from csikernels import Codebook
+from csimodels.models.codebooks import rvq_codebook
+
+torch.set_num_threads(1)
+words = rvq_codebook(20, 128, seed=0)
+sent = torch.arange(0, 2**20, 2048)
+h = torch.cat([words[sent], torch.randn(512, 128, dtype=torch.complex64, generator=torch.Generator().manual_seed(1))])
+book = Codebook(words, copy=False)
+index, similarity = book.search(h)
+assert torch.equal(index[:512], sent), "its own words are found"
+assert 0.3 < similarity[512:].mean() < 0.4, similarity[512:].mean()
+print(book.nbytes, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.slow
+def test_a_million_words_are_searched_in_bounded_memory(run_python, record_property):
+    if _load.extension is None:
+        pytest.skip("the reference takes minutes for this")
+    shown = run_python(LARGEST)
+    assert shown.returncode == 0, shown.stderr
+    held, peak = map(int, shown.stdout.split())
+    record_property("bytes", {"held": held, "peak": peak})
+    words = 8 * 2**20 * 128
+    assert words < held < 1.5 * words
+    assert peak < 2.5e9

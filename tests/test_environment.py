@@ -40,6 +40,35 @@ def test_environments_stay_what_they_were(index, patches, expected):
     assert h[1, 31, 31].item() == pytest.approx(expected, abs=1e-9)
 
 
+@pytest.mark.parametrize("los", [False, True])
+@pytest.mark.parametrize("paths", [2, 3, 10, 48, 10_000])
+def test_few_paths_carry_the_power_of_their_clusters(paths, los):
+    whole, few = (Environment(CELL, 9, 4, los=los, paths=count).ray_sets[0] for count in (None, paths))
+    scattered = min(paths - los, len(whole.gain))
+    assert len(few.gain) == len(few.delay) == len(few.departure) == len(few.arrival) == scattered
+    assert few.direct == whole.direct
+    # Rays of the whole, in its order, and no other change than the amplitude within a cluster.
+    places = [(whole.departure == direction).all(1).nonzero().item() for direction in few.departure]
+    assert places == sorted(places)
+    torch.testing.assert_close(few.gain / few.gain.abs(), whole.gain[places] / whole.gain[places].abs())
+    clusters = torch.tensor(places) // 20
+    power = whole.gain.abs().square().view(-1, 20).sum(1)
+    for cluster in clusters.unique():
+        torch.testing.assert_close(few.gain[clusters == cluster].abs().square().sum(), power[cluster])
+    # In turn: no cluster has two rays more than another, and those without any are the weakest.
+    counts = torch.bincount(clusters, minlength=len(power))
+    assert counts.max() - counts.min() <= 1
+    if counts.max() > counts.min():
+        assert power[counts == counts.max()].min() >= power[counts == counts.min()].max()
+
+
+def test_too_few_paths_are_refused():
+    with pytest.raises(ValueError, match="paths: expected at least 1, got 0"):
+        Environment(CELL, 1, 0, paths=0)
+    with pytest.raises(ValueError, match="paths: expected at least 2, got 1"):
+        Environment(CELL, 2, 0, paths=1)
+
+
 def test_seeds_and_indices_are_independent():
     def flat(index, seed, draw):
         return Environment(SMALL, index, seed, los=False).sample(400, seed=draw).flatten()

@@ -285,6 +285,20 @@ def test_errors_of_the_op(device, change, error, message):
         torch.ops.csikernels.codebook_search(*change(h, words, packed))
 
 
+def test_words_are_kept_without_a_copy(device):
+    h, words = gaussian(20, 24).to(device), gaussian(300, 24, seed=1).to(device)
+    given = words.clone()
+    copied, packed = torch.ops.csikernels.codebook_pack(words, "exact")
+    none, alone = torch.ops.csikernels.codebook_pack(words, "exact", False)
+    assert torch.equal(copied, words) and torch.equal(alone, packed) and none.shape == (0,)
+    kept = Codebook(words, copy=False)
+    wanted = Codebook(words).search(h)
+    assert all(torch.equal(a, b) for a, b in zip(kept.search(h), wanted, strict=True))
+    assert torch.equal(words, given) and kept._words.data_ptr() == words.data_ptr()
+    with pytest.raises(ValueError, match="copy: expected True for .* words, got False"):
+        torch.ops.csikernels.codebook_pack(words.to(torch.complex128), "exact", False)
+
+
 def test_results_repeat(device):
     words = gaussian(300, 20)
     book = Codebook(torch.cat([words, words.conj(), words * 2]).to(device), "float32")

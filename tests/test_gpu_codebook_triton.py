@@ -42,7 +42,8 @@ def cases():
     for real in (single, double):
         given = dict(common, h=real, words=real, codebook=real)
         constants = dict(D=layout.padded, W=AT_ONCE // layout.padded, IS_DOUBLE=real is double)
-        yield codebook_pack.pack_kernel, given, constants, 4, 3
+        for copies in (True, False) if real is single else (True,):
+            yield codebook_pack.pack_kernel, given, dict(constants, COPY=copies), 4, 3
         constants = dict(shared, R=AT_ONCE // layout.padded)
         yield codebook_filter.queries_kernel, given, constants, 4, 3
         for exact in (True, False):
@@ -173,6 +174,7 @@ def test_spreading_step_is_that_of_the_compiled_backends(device):
 def test_opcheck(device, opcheck, precision):
     h, words = gaussian(5, 8).to(device), gaussian(9, 8, seed=1).to(device)
     opcheck("codebook_pack", (words, precision))
+    opcheck("codebook_pack", (words, precision, False))
     copy, packed = torch.ops.csikernels.codebook_pack(words, precision)
     opcheck("codebook_search", (h, copy, packed, None, precision))
     books, packed = torch.ops.csikernels.codebook_pack(gaussian(2, 9, 8).to(device), precision)

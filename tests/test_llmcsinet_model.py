@@ -92,6 +92,53 @@ def test_codeword_is_the_masked_image_at_the_most_informative_elements(m):
     torch.testing.assert_close(mean, h.mean((1, 2, 3)))
 
 
+def test_a_mask_by_magnitude_sends_the_largest_elements_themselves():
+    model = build(mask="magnitude")
+    h = csi(5)
+    values, indices, mean = model.encode(h)
+    expected = h.flatten(1).abs().sort(dim=1, descending=True, stable=True).indices[:, :20]
+    assert torch.equal(indices, expected)
+    assert torch.equal(values, h.flatten(1).gather(1, indices))
+    torch.testing.assert_close(mean, h.mean((1, 2, 3)))
+    assert model.ue_parameters() == 0
+
+
+def test_without_any_network_the_mean_surrounds_what_was_sent():
+    model = build(mask="magnitude", preliminary=False, prediction=False)
+    h = csi(3)
+    codeword = model.encode(h)
+    filled = h.mean((1, 2, 3))[:, None].expand(-1, 192).scatter(1, codeword.indices, codeword.values)
+    torch.testing.assert_close(model(h).flatten(1), filled)
+    assert not list(model.parameters())
+    with pytest.raises(TypeError, match=r"h: expected torch\.float32, got torch\.float64"):
+        model.encode(h.double())
+    assert model.double()(h.double()).dtype == torch.float64
+
+
+def test_started_as_the_identity_the_image_is_the_masked_channel():
+    torch.manual_seed(0)
+    model = LlmCsiNet(dataclasses.replace(CONFIG, keep_fraction=1.0, prediction=False)).double()
+    model.start_as_identity()
+    h = csi(64, dtype=torch.float64)
+    x = h / h.square().mean((1, 2, 3), keepdim=True).sqrt()
+    image = model.encoder.image(model.encoder.extract(x))  # in training: batch statistics
+    whitened = (x - x.mean((0, 2, 3), keepdim=True)) / x.std((0, 2, 3), keepdim=True)
+    torch.testing.assert_close(image, F.leaky_relu(whitened, 0.3), atol=0.02, rtol=0.02)
+
+
+def test_started_as_the_identity_the_preliminary_decoder_hands_on_what_was_filled_in():
+    torch.manual_seed(0)
+    model = LlmCsiNet(dataclasses.replace(CONFIG, mask="magnitude", prediction=False))
+    model.start_as_identity()
+    h = csi(4)
+    plain = LlmCsiNet(dataclasses.replace(CONFIG, mask="magnitude", preliminary=False, prediction=False))
+    torch.testing.assert_close(model(h), plain(h), atol=1e-5, rtol=1e-5)
+    loss = (model(h) - h).square().sum()
+    loss.backward()
+    gradients = [parameter.grad.abs().sum() for parameter in model.preliminary_decoder.refine.parameters()]
+    assert sum(bool(gradient > 0) for gradient in gradients) >= 4  # the last normalisations open the way for the rest
+
+
 def test_selection_by_the_image_takes_its_largest_values():
     model = build(dtype=torch.float64, selection="image")
     h = csi(5, dtype=torch.float64)
@@ -412,7 +459,7 @@ def test_array_smaller_than_the_radius(delays, antennas):
         ({"neighbours": "all"}, "neighbours: expected 'grid' or 'random', got 'all'"),
         ({"selection": "best"}, "selection: expected 'information' or 'image', got 'best'"),
         ({"mask": "none"}, "mask: expected 'self_information' or 'random' or 'magnitude', got 'none'"),
-        ({"preliminary": False, "prediction": False}, "expected at least one of them to be True"),
+        ({"preliminary": False, "prediction": False}, "expected at least one of them to be True for a self-info"),
     ],
 )
 def test_configuration_out_of_range(change, message):

@@ -11,9 +11,10 @@ from tiny_feedback import CONFIG, data, images, stage, training
 
 from csimodels.evaluation.metrics import nmse_db
 from csimodels.files import load_tensors
+from csimodels.models.baselines import CLASSICAL
 from csimodels.models.llmcsinet import LlmCsiNet
 from csimodels.training.feedback_file import load_feedback, save_feedback
-from csimodels.training.llmcsinet import train_feedback, validation_nmse_db
+from csimodels.training.llmcsinet import FeedbackData, FeedbackTraining, train_feedback, validation_nmse_db
 
 pytestmark = pytest.mark.usefixtures("small_models")
 
@@ -185,6 +186,15 @@ def test_files_of_something_else_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        (
+            {"model": "largest", "config": None, "compression": 8},
+            "stages: expected none for the model 'largest', got 1",
+        ),
+        ({"stages": ()}, "stages: expected at least one for the model 'llmcsinet', got 0"),
+        (
+            {"model": "crnet", "config": None, "compression": 8, "identity_start": True},
+            "identity_start: expected False for the model 'crnet', got True",
+        ),
         ({"model": "alexnet"}, "model: expected one of llmcsinet, .*got 'alexnet'"),
         ({"compression": 8}, "config, compression: expected a configuration alone"),
         ({"model": "crnet"}, "config, compression: expected a compression alone"),
@@ -192,8 +202,9 @@ def test_files_of_something_else_are_refused(tmp_path):
     ],
 )
 def test_trainings_that_make_no_sense_are_refused(changes, message):
+    fields = {"model": "llmcsinet", "config": CONFIG, "stages": (stage(),), **changes}
     with pytest.raises(ValueError, match=message):
-        training(stage(), **changes)
+        FeedbackTraining(**fields)
 
 
 def test_stages_and_channels_that_make_no_sense_are_refused(tmp_path, accelerator):
@@ -207,3 +218,28 @@ def test_stages_and_channels_that_make_no_sense_are_refused(tmp_path, accelerato
         train_feedback(training(), bad, tmp_path, accelerator=accelerator)
     with pytest.raises(ValueError, match=r"train: expected float32 \[samples, 2, delays, antennas\]"):
         train_feedback(training(), dataclasses.replace(bad, train=bad.train[0]), tmp_path, accelerator=accelerator)
+
+
+@pytest.mark.parametrize("name", CLASSICAL)
+def test_a_classical_method_is_fitted_and_kept(tmp_path, accelerator, name):
+    h = images(40).repeat(1, 1, 4, 4)  # 2 x 32 x 32
+    source = FeedbackData(h[:30], h[30:], {"samples": 30})
+    method = FeedbackTraining(name, (), compression=8)
+    network, validation = train_feedback(method, source, tmp_path, accelerator=accelerator)
+    assert validation == pytest.approx(nmse_db(h[30:], network(h[30:])).item(), abs=1e-5)
+    assert validation < -3
+    assert json.loads((tmp_path / "log.json").read_text())["stages"] == []
+    again, value = train_feedback(method, source, tmp_path, accelerator=accelerator)
+    assert value == validation
+    assert torch.equal(again(h[30:]), network(h[30:]))
+
+
+def test_an_identity_start_is_part_of_the_training():
+    plain, started = (training(identity_start=value) for value in (False, True))
+    assert plain.described() != started.described()
+    h = images(32)
+    errors = []
+    for network in (plain.build(), started.build()):
+        with torch.no_grad():
+            errors.append(nmse_db(h, network.preliminary(network.encode(h))).item())
+    assert errors[1] < errors[0] - 1

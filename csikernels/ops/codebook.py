@@ -8,7 +8,9 @@ from csikernels import _dispatch
 from csikernels._arrays import accepts_arrays
 from csikernels.reference import codebook as reference
 
-PACK = _dispatch.define("codebook_pack(Tensor codebook, str precision) -> (Tensor words, Tensor packed)")
+PACK = _dispatch.define(
+    "codebook_pack(Tensor codebook, str precision, bool copy=True) -> (Tensor words, Tensor packed)"
+)
 SEARCH = _dispatch.define(
     "codebook_search(Tensor h, Tensor words, Tensor packed, Tensor? environment, str precision)"
     " -> (Tensor index, Tensor similarity)"
@@ -21,10 +23,10 @@ _dispatch.implement(SEARCH, "reference")(reference.search)
 
 
 @_dispatch.register_fake(PACK)
-def _(codebook, precision):
+def _(codebook, precision, copy=True):
     # Each backend has its own packed layout, so its size is known only once the codebook is packed.
     size = torch.library.get_ctx().new_dynamic_size()
-    words = torch.empty(codebook.shape, dtype=codebook.dtype, device=codebook.device)
+    words = torch.empty(codebook.shape if copy else 0, dtype=codebook.dtype, device=codebook.device)
     return words, torch.empty(size, dtype=torch.uint8, device=codebook.device)
 
 
@@ -36,7 +38,9 @@ def _(h, words, packed, environment, precision):
 class Codebook:
     """A codebook packed once for many searches.
 
-    The codewords are copied, so changing ``codebook`` afterwards does not change the searches; use :meth:`update`.
+    The codewords are copied, so changing ``codebook`` afterwards does not change the searches; use :meth:`update`. With
+    ``copy=False`` the tensor itself is kept, which saves its size (1.07 GB for 2^20 words of 128 complex64): the caller
+    must not change it afterwards, or searches return indices of neither the old words nor the new ones.
 
     Args:
         codebook: complex64 or complex128 [K, D], or [E, K, D] for one codebook per environment; tensor or array. The
@@ -44,28 +48,32 @@ class Codebook:
         precision: ``"exact"`` returns the index that float64 arithmetic returns; ``"float32"`` computes in float32, so
             among words closer than float32 rounding any may be returned. On a GPU both find what may be the best with
             tensor cores, which takes nearly all of the time.
+        copy: whether to copy the codewords. False takes contiguous complex64 alone, which every backend can search as
+            it is; it never copies after all.
 
     Raises:
         TypeError: ``codebook`` is not a complex tensor or array.
-        ValueError: wrong number of dimensions, an empty dimension, an unknown precision, or a codeword that is zero or
-            holds NaN or infinity.
+        ValueError: wrong number of dimensions, an empty dimension, an unknown precision, a codeword that is zero or
+            holds NaN or infinity, or one that cannot be kept without a copy.
     """
 
-    def __init__(self, codebook, precision: str = "exact"):
+    def __init__(self, codebook, precision: str = "exact", *, copy: bool = True):
         if precision not in PRECISIONS:
             raise ValueError(f"precision: expected one of {', '.join(map(repr, PRECISIONS))}, got {precision!r}")
         self.precision = precision
-        self.update(codebook)
+        self.update(codebook, copy=copy)
 
     @accepts_arrays
-    def update(self, new) -> None:
-        """Replace the codewords by ``new`` (same rules as the constructor's ``codebook``) and pack them.
+    def update(self, new, *, copy: bool = True) -> None:
+        """Replace the codewords by ``new`` (same rules as the constructor's ``codebook`` and ``copy``) and pack them.
 
         Whatever is raised, the old codewords stay usable.
         """
         _check_codebook(new)
-        words, packed = torch.ops.csikernels.codebook_pack(new.detach(), self.precision)
-        self._words, self._packs = words, {_dispatch.chosen_backend(): packed}
+        if not copy:
+            _check_kept(new)
+        words, packed = torch.ops.csikernels.codebook_pack(new.detach(), self.precision, copy)
+        self._words, self._packs = words if copy else new.detach(), {_dispatch.chosen_backend(): packed}
 
     def search(self, h, environment=None):
         """Best codeword of each row of ``h``; see :func:`codebook_argmax` for the rules.
@@ -94,7 +102,8 @@ class Codebook:
         # A pack has the layout of the backend that made it; forcing another backend packs anew, once.
         backend = _dispatch.chosen_backend()
         if backend not in self._packs:
-            self._packs[backend] = torch.ops.csikernels.codebook_pack(self._words, self.precision)[1]
+            copy = self._words.dtype != torch.complex64  # of no use here, but complex128 is not packed without
+            self._packs[backend] = torch.ops.csikernels.codebook_pack(self._words, self.precision, copy)[1]
         return self._packs[backend]
 
     def __getstate__(self) -> dict:
@@ -176,6 +185,14 @@ def _check_codebook(codebook) -> None:
     _check_complex("codebook", codebook)
     if codebook.dim() not in (2, 3) or 0 in codebook.shape:
         raise ValueError(f"codebook: expected a non-empty [K, D] or [E, K, D], got shape {tuple(codebook.shape)}")
+
+
+def _check_kept(codebook: torch.Tensor) -> None:
+    # A traced graph cannot ask; there the backends resolve it, which costs the copy that was to be saved.
+    pending = not torch.compiler.is_compiling() and (codebook.is_conj() or codebook.is_neg())
+    if codebook.dtype != torch.complex64 or not codebook.is_contiguous() or pending:
+        layout = "pending conjugation" if pending else f"strides {codebook.stride()}"
+        raise ValueError(f"codebook: expected contiguous complex64 for copy=False, got {codebook.dtype}, {layout}")
 
 
 def _check_queries(h, words: torch.Tensor, environment) -> None:

@@ -25,21 +25,25 @@ _SCORES = 2**22  # scores held at once while ambiguous rows are resolved
 _EPS = 2.0**-52
 
 
-def pack(codebook: torch.Tensor, precision: str) -> tuple[torch.Tensor, torch.Tensor]:
+def pack(codebook: torch.Tensor, precision: str, copy: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
     """Copy the codewords and precompute the factor that brings each to unit norm.
 
     Args:
         codebook: complex [K, D] or [E, K, D].
         precision: "exact" or "float32"; this backend packs both alike.
+        copy: whether to return the words; they need not be, where the caller keeps the codebook.
 
     Returns:
         words: contiguous copy; complex128 words are scaled by powers of two, so that no factor leaves float64's range.
+            Empty without ``copy``.
         packed: uint8 buffer of this backend's own layout: float64 [E*K] factors.
 
     Raises:
-        ValueError: a codeword is zero or holds NaN or infinity.
+        ValueError: a codeword is zero or holds NaN or infinity, or ``copy`` is false for complex128.
     """
-    words = codebook.resolve_conj().clone(memory_format=torch.contiguous_format)
+    check_copy(codebook, copy)
+    given = codebook.resolve_conj().resolve_neg()
+    words = given.clone(memory_format=torch.contiguous_format) if copy else given.contiguous()
     flat = words.view(-1, words.shape[-1])
     factor = torch.empty(len(flat), dtype=torch.float64, device=words.device)
     for start in range(0, len(flat), _WORDS):
@@ -52,7 +56,7 @@ def pack(codebook: torch.Tensor, precision: str) -> tuple[torch.Tensor, torch.Te
             flat[block] = scaled
         else:
             factor[block] *= torch.exp2(-exponent)
-    return words, factor.view(torch.uint8)
+    return words if copy else words.new_empty(0), factor.view(torch.uint8)
 
 
 def search(
@@ -219,6 +223,12 @@ def check_environment_values(environment: torch.Tensor, books: int) -> None:
     if bool(outside.any()):
         row = int(outside.nonzero()[0])
         raise ValueError(f"environment: expected values in 0..{books - 1}, got {int(environment[row])} at row {row}")
+
+
+def check_copy(codebook: torch.Tensor, copy: bool) -> None:
+    """Refuse complex128 words that are not copied: their pack goes with the scaled copy only."""
+    if not copy and codebook.dtype != torch.complex64:
+        raise ValueError(f"copy: expected True for {codebook.dtype} words, got False")
 
 
 def refuse_codeword(words: torch.Tensor, position: int) -> NoReturn:

@@ -29,14 +29,15 @@ _ROWS = 4096  # queries of one launch at most
 
 
 @implement("codebook_pack", "triton")
-def codebook_pack(codebook: Tensor, precision: str) -> tuple[Tensor, Tensor]:
+def codebook_pack(codebook: Tensor, precision: str, copy: bool = True) -> tuple[Tensor, Tensor]:
     checks.check_codewords(codebook, "codebook")
     checks.check_precision(precision)
+    in_pytorch.check_copy(codebook, copy)
     if not _is_ours(codebook):
-        return in_pytorch.pack(codebook, precision)
+        return in_pytorch.pack(codebook, precision, copy)
     layout = _layout(codebook)
     given = _plain(codebook)
-    words = torch.empty_like(given)
+    words = torch.empty_like(given) if copy else given.new_empty(0)
     packed = torch.zeros(layout.bytes, dtype=torch.uint8, device=words.device)
     factors, tiles, residuals = _parts(packed, layout)
     with on(words):

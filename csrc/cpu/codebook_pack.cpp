@@ -1,6 +1,6 @@
 // csikernels::codebook_pack on the CPU: checks, scales and quantises the codewords, and lays them out in tiles.
 //
-// Bytes: the codewords once in, their copy and the tiles once out; two passes over a row in L1 between them.
+// Bytes: the codewords once in, their copy (if any) and the tiles once out; two passes over a row in L1 between them.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -59,8 +59,8 @@ struct Row {
   std::vector<int8_t> values;  // the padding stays 0
 };
 
-// Copies a codeword and sets its factor; false where it has no direction. complex128 words are scaled by a power of two
-// so that no factor leaves float64's range. unit = factor * word.
+// Copies a codeword (where `word` is not null) and sets its factor; false where it has no direction. complex128 words
+// are scaled by a power of two so that no factor leaves float64's range. unit = factor * word.
 template <class Float>
 bool take_word(const Float* from, int64_t components, Float* word, double& factor, double* unit) {
   int exponent = 0;
@@ -70,7 +70,7 @@ bool take_word(const Float* from, int64_t components, Float* word, double& facto
     std::memcpy(word, unit, components * sizeof(Float));
     factor = inverse;
   } else {
-    if (word != from) std::memcpy(word, from, components * sizeof(Float));
+    if (word != nullptr && word != from) std::memcpy(word, from, components * sizeof(Float));
     factor = inverse * std::ldexp(1.0, -exponent);
   }
   for (int64_t c = 0; c < components; ++c) unit[c] *= inverse;
@@ -104,7 +104,8 @@ void put_float32(uint8_t* tile, int lane, const double* unit, int64_t components
     numbers[c * kTileWords] = unit == nullptr ? 0.0f : static_cast<float>(unit[c]);
 }
 
-// Packs all tiles of all books; returns the first codeword without a direction, or the number of codewords.
+// Packs all tiles of all books, and copies the words where `words` is not null; returns the first codeword without a
+// direction, or the number of codewords.
 template <class Float>
 int64_t pack_tiles(const Header& header, const Float* from, Float* words, uint8_t* packed) {
   const int64_t count = header.books * header.words, components = header.components;
@@ -122,8 +123,8 @@ int64_t pack_tiles(const Header& header, const Float* from, Float* words, uint8_
           continue;
         }
         const int64_t word = book * header.words + word_at(header, first + lane);
-        if (!take_word(from + word * components, components, words + word * components, factors[word],
-                       row.unit.data())) {
+        Float* const copy = words == nullptr ? nullptr : words + word * components;
+        if (!take_word(from + word * components, components, copy, factors[word], row.unit.data())) {
           int64_t before = refused.load();
           while (word < before && !refused.compare_exchange_weak(before, word)) {
           }
@@ -136,20 +137,23 @@ int64_t pack_tiles(const Header& header, const Float* from, Float* words, uint8_
   return refused;
 }
 
-// codebook complex [K, D] or [E, K, D] -> words (a contiguous copy), packed uint8 (codebook_layout.h)
-WordsAndPack pack(const at::Tensor& codebook, c10::string_view precision) {
+// codebook complex [K, D] or [E, K, D] -> words (a contiguous copy, or empty), packed uint8 (codebook_layout.h)
+WordsAndPack pack(const at::Tensor& codebook, c10::string_view precision, bool copy) {
   if (!is_chosen(Backend::cpp)) {
-    return call_python<WordsAndPack(const at::Tensor&, c10::string_view)>("codebook_pack", codebook, precision);
+    using Signature = WordsAndPack(const at::Tensor&, c10::string_view, bool);
+    return call_python<Signature>("codebook_pack", codebook, precision, copy);
   }
   check_codewords(codebook, "codebook");
   check_precision(precision);
+  check_copy(codebook, copy);
   const int64_t books = codebook.dim() == 3 ? codebook.size(0) : 1;
   const int64_t components = 2 * codebook.size(-1);
   const Header header = layout(precision == "exact", books, codebook.size(-2), components);
 
   const at::Tensor from = codebook.resolve_conj().resolve_neg().contiguous();
   // What had to be made contiguous is already a copy.
-  at::Tensor words = from.is_alias_of(codebook) ? allocate(from.sizes(), from.options()) : from;
+  const bool is_copy = !from.is_alias_of(codebook);
+  at::Tensor words = !copy ? at::empty({0}, from.options()) : is_copy ? from : allocate(from.sizes(), from.options());
   at::Tensor packed = allocate({header.bytes()}, from.options().dtype(at::kByte));
   auto* bytes = packed.mutable_data_ptr<uint8_t>();
   std::memset(bytes, 0, header.tiles_at());
@@ -157,7 +161,7 @@ WordsAndPack pack(const at::Tensor& codebook, c10::string_view precision) {
   int64_t refused;
   if (from.scalar_type() == at::kComplexFloat) {
     refused = pack_tiles(header, static_cast<const float*>(from.const_data_ptr()),
-                         static_cast<float*>(words.mutable_data_ptr()), bytes);
+                         copy ? static_cast<float*>(words.mutable_data_ptr()) : nullptr, bytes);
   } else {
     refused = pack_tiles(header, static_cast<const double*>(from.const_data_ptr()),
                          static_cast<double*>(words.mutable_data_ptr()), bytes);

@@ -33,24 +33,26 @@ Layout layout_of(const at::Tensor& codewords) {
 
 at::Tensor plain(const at::Tensor& tensor) { return tensor.resolve_conj().resolve_neg().contiguous(); }
 
-// codebook complex [K, D] or [E, K, D] -> words (a contiguous copy), packed uint8 (codebook.h)
-WordsAndPack pack_cuda(const at::Tensor& codewords, c10::string_view precision) {
+// codebook complex [K, D] or [E, K, D] -> words (a contiguous copy, or empty), packed uint8 (codebook.h)
+WordsAndPack pack_cuda(const at::Tensor& codewords, c10::string_view precision, bool copy) {
   check_codewords(codewords, "codebook");
   check_precision(precision);
+  check_copy(codewords, copy);
   if (!is_chosen(Backend::cuda) || !runs_on(codewords) || codewords.size(-1) > codebook::kMaxDimension) {
-    return call_python<WordsAndPack(const at::Tensor&, c10::string_view)>("codebook_pack", codewords, precision);
+    using Signature = WordsAndPack(const at::Tensor&, c10::string_view, bool);
+    return call_python<Signature>("codebook_pack", codewords, precision, copy);
   }
   const Launch launch(codewords);
   const Layout layout = layout_of(codewords);
   const at::Tensor from = plain(codewords);
-  at::Tensor words = at::empty(from.sizes(), from.options());
+  at::Tensor words = copy ? at::empty(from.sizes(), from.options()) : at::empty({0}, from.options());
   at::Tensor packed = at::empty({layout.bytes()}, from.options().dtype(at::kByte));
   at::Tensor refused = at::full({1}, -1, from.options().dtype(at::kLong));
   auto* bytes = write<char>(packed);
   const codebook::Pack pack{read<void>(from),
                             is_double(from),
                             layout,
-                            write<void>(words),
+                            copy ? write<void>(words) : nullptr,
                             reinterpret_cast<double*>(bytes),
                             bytes + layout.tiles_at(),
                             reinterpret_cast<float*>(bytes + layout.residuals_at()),

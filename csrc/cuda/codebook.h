@@ -39,8 +39,8 @@ inline Layout layout(int64_t books, int64_t words, int64_t dimension) {
   return {books, words, dimension, spreading_step(words)};
 }
 
-// from [E * K][D] -> words (scaled by powers of two where they are complex128) and the packed buffer. *refused becomes
-// the first word that is zero or not finite, and stays all ones where there is none.
+// from [E * K][D] -> words (scaled by powers of two where they are complex128; null leaves them out) and the packed
+// buffer. *refused becomes the first word that is zero or not finite, and stays all ones where there is none.
 struct Pack {
   const void* from;
   bool is_double;

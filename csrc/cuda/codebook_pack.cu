@@ -3,7 +3,7 @@
 // Layout: see codebook.h. One block packs a tile of 128 words, 8 lanes a word, in float64 throughout: what bf16 leaves
 //   out of a word is known exactly, up to the rounding of the bound.
 // Bytes for K words of D complex64: 8 D in (twice more from L1), 8 D + 8 + 4 D out. K = 65536, D = 128: 168 MB, 50 us
-//   on an H100 (3.35 TB/s).
+//   on an H100 (3.35 TB/s). Without the copy of the words 8 D less: 101 MB, 30 us.
 #include <cuda_bf16.h>
 
 #include "cuda/codebook.h"
@@ -30,7 +30,8 @@ __global__ void __launch_bounds__(kThreads, 4) pack_kernel(const Pack pack) {
     const bool is_word = position < layout.words;
     const int64_t word = book * layout.words + layout.word_at(position);
     const auto* from = static_cast<const Pair<Float>*>(pack.from) + word * dimension;
-    auto* copy = static_cast<Pair<Float>*>(pack.words) + word * dimension;
+    auto* const words = static_cast<Pair<Float>*>(pack.words);
+    auto* const copy = words == nullptr ? nullptr : words + word * dimension;
     Magnitude<Float> largest = 0;
     for (int c = lane; is_word && c < dimension; c += kLanes) {
       const Magnitude<Float> m = magnitude<Float>(from[c]);
@@ -54,7 +55,7 @@ __global__ void __launch_bounds__(kThreads, 4) pack_kernel(const Pack pack) {
       more_squares += im * im;
       if constexpr (sizeof(Float) == 8) {
         copy[c] = {re, im};
-      } else {
+      } else if (copy != nullptr) {
         copy[c] = z;
       }
     }

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 import csikernels
+from csimodels.codebook_commands import codebook_app, feedback_app
 from csimodels.console import OneLineErrors, console, errors, print_scores, progress, reported
 from csimodels.feedback_commands import decode, encode, train
 from csimodels.files import digest, write_json, write_text
@@ -419,6 +420,8 @@ def evaluate(
 
 for command in (train, encode, decode):
     app.command()(command)
+app.add_typer(codebook_app, name="codebook")
+app.add_typer(feedback_app, name="feedback")
 
 
 @app.command()

@@ -284,14 +284,18 @@ def _cell(carrier: float, bandwidth: float, **lengths: Any) -> CellConfig:
     return CellConfig(carrier, array=AntennaArray.ula(32), grid=SubcarrierGrid(1024, bandwidth), **lengths)
 
 
-# LLMCsiNet, Table I: carriers, bandwidths and states. The built-in generator knows the statistics of UMi street canyons
-# only: "indoor" is a small cell of them in line of sight, and at 300 MHz they are those of 2 GHz. Shares of the energy
-# kept: 0.997 indoors, 0.980 outdoors, 0.70 at 28 GHz, whose 32 rows are 320 ns of a median rms delay spread of 270 ns.
+# LLMCsiNet, Table I: carriers, bandwidths, states and numbers of paths. The built-in generator knows the statistics of
+# UMi street canyons only: "indoor" is a small cell of them in line of sight, and at 300 MHz they are those of 2 GHz.
+# Shares of the energy kept: 0.998 indoors, 0.98 outdoors, 0.70 at 28 GHz, whose 32 rows are 320 ns of a median rms
+# delay spread of 270 ns.
 # csimodels.channels.cost2100 reads the files of the paper's own model.
 INDOOR_LOS = AngleDelayPreset(
-    "indoor_los", los=True, cell=_cell(5.3e9, 20e6, radius=20.0, disc_radius=1.0, min_distance=2.0, bs_height=3.0)
+    "indoor_los",
+    los=True,
+    cell=_cell(5.3e9, 20e6, radius=20.0, disc_radius=1.0, min_distance=2.0, bs_height=3.0),
+    options=(("paths", 3),),
 )
-OUTDOOR_NLOS = AngleDelayPreset("outdoor_nlos", los=False, cell=_cell(300e6, 20e6))
+OUTDOOR_NLOS = AngleDelayPreset("outdoor_nlos", los=False, cell=_cell(300e6, 20e6), options=(("paths", 48),))
 UMA_28GHZ = AngleDelayPreset(
     "uma_28ghz",
     los=False,
@@ -300,7 +304,8 @@ UMA_28GHZ = AngleDelayPreset(
     options=(("scenario", "uma"),),
 )
 # In place of DeepMIMO's O1, whose files csimodels.channels.deepmimo reads: carrier, bandwidth, 10 paths and UEs out of
-# sight as there, in Sionna RT's model of Munich.
+# sight as there, in Sionna RT's model of Munich. Of 400 UEs: 7.7 paths, median rms delay spread 40 ns, longest excess
+# delay 1.7 us, 0.992 of the energy kept; of points outdoors and out of sight a third is reached.
 RAYTRACED = RayTracedPreset("raytraced", RayTracedSite(), AntennaArray.ula(32), SubcarrierGrid(1024, 10e6))
 ANGLE_DELAY_SETS: dict[str, AngleDelaySet] = {
     preset.name: preset for preset in (INDOOR_LOS, OUTDOOR_NLOS, UMA_28GHZ, RAYTRACED)

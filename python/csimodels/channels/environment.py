@@ -88,14 +88,25 @@ def umi_statistics(carrier: float, los: bool) -> Statistics:
 class Environment(DiscEnvironment):
     """One environment of the built-in generator; see :class:`csimodels.channels.disc.DiscEnvironment`.
 
+    Args:
+        config, index, seed, los: as there.
+        paths: how many paths reach the UE at most, the direct one included; None keeps all 20 rays of every cluster.
+            Fewer are what measured and ray-traced channels have. They are taken in turn from all clusters, strongest
+            cluster first, and carry their cluster's power; the clusters that get none are dropped. (38.901 has no such
+            choice.)
+
     Attributes:
         spreads: the large-scale parameters drawn for it (step 4): ``delay`` in seconds, ``azimuth_departure``,
             ``azimuth_arrival``, ``zenith_departure`` and ``zenith_arrival`` in degrees, the scenario's median
             ``zenith_departure_mean``, and in line of sight ``rician_db``.
     """
 
-    def __init__(self, config: CellConfig, index: int, seed: int, *, los: bool | None = None):
+    def __init__(self, config: CellConfig, index: int, seed: int, *, los: bool | None = None, paths: int | None = None):
         super().__init__(config, index, seed, los=los)
+        least = 2 if self.los else 1  # one of them scattered
+        if paths is not None and paths < least:
+            raise ValueError(f"paths: expected at least {least}, got {paths}")
+        self._scattered_paths = None if paths is None else paths - self.los
         self._statistics = umi_statistics(config.carrier, self.los)
         self.spreads = self._draw_spreads(self._rng)
         self.ray_sets = [self._draw_rays(self._rng) for _ in range(config.patches)]
@@ -181,14 +192,28 @@ class Environment(DiscEnvironment):
         phase = rng.uniform(-math.pi, math.pi, (len(power), rays))
         gain = np.sqrt(power / rays)[:, None] * np.exp(1j * phase)
         linear = 10 ** (spread["rician_db"] / 10) if self.los else 0.0
-        kept = power > 0
+        kept = np.repeat((power > 0)[:, None], rays, axis=1)
+        if self._scattered_paths is not None:
+            kept = self._thinned(rng, power, self._scattered_paths)
+            gain *= np.sqrt(rays / np.maximum(kept.sum(axis=1, keepdims=True), 1))
         return RaySet(
-            gain=torch.from_numpy(gain[kept].reshape(-1)),
-            delay=torch.from_numpy(ray_delay[kept].reshape(-1)),
-            departure=torch.from_numpy(departure[kept].reshape(-1, 3)),
-            arrival=torch.from_numpy(arrival[kept].reshape(-1, 3)),
+            gain=torch.from_numpy(gain[kept]),
+            delay=torch.from_numpy(ray_delay[kept]),
+            departure=torch.from_numpy(departure[kept]),
+            arrival=torch.from_numpy(arrival[kept]),
             direct=math.sqrt(linear / (linear + 1)),
         )
+
+    @staticmethod
+    def _thinned(rng: np.random.Generator, power: np.ndarray, paths: int) -> np.ndarray:
+        """Which rays remain when ``paths`` are taken in turn from the clusters, bool ``[cluster, ray]``."""
+        rays = len(_RAY_OFFSETS)
+        strongest = np.argsort(-power)[: np.count_nonzero(power)]
+        order = rng.permuted(np.tile(np.arange(rays), (len(strongest), 1)), axis=1)
+        turns = np.stack([np.tile(strongest[:, None], (1, rays)), order], axis=2).transpose(1, 0, 2).reshape(-1, 2)
+        kept = np.zeros((len(power), rays), dtype=bool)
+        kept[tuple(turns[:paths].T)] = True
+        return kept
 
     def _azimuths(self, rng: np.random.Generator, power: np.ndarray, spread: float, within: float) -> np.ndarray:
         """Ray azimuths relative to the direct ray, degrees ``[cluster, ray]`` (eqs. 7.5-9 to 7.5-13)."""

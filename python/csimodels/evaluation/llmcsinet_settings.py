@@ -83,7 +83,16 @@ class Settings:
     def all_methods(self, channels: str | Channels, compression: int, **more: Any) -> list[FeedbackTask]:
         """The classical methods, and every network of Fig. 5."""
         tasks = [self.baseline(name, channels, compression, **more) for name in (*self.classical, *self.baselines)]
-        return tasks + [self.variant(name, channels, compression, **more) for name in self.sizes.variants]
+        tasks += [self.variant(name, channels, compression, **more) for name in self.sizes.variants]
+        return [*tasks, self.by_image(channels, compression, **more)]
+
+    def by_image(self, channels: str | Channels, compression: int, **more: Any) -> FeedbackTask:
+        """The largest LLMCsiNet, feeding back the largest elements of its image as IdasNet does.
+
+        The paper's text can be read so too; its name for the elements is those of highest self-information.
+        """
+        label = f"LLMCsiNet-{self.largest}, largest of image"
+        return self.variant(self.largest, channels, compression, label=label, changes={"selection": "image"}, **more)
 
     def few_methods(self, channels: str | Channels, compression: int, **more: Any) -> list[FeedbackTask]:
         """The classical methods, the two baselines of the later figures, and the largest LLMCsiNet."""

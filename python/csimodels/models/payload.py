@@ -28,6 +28,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from csimodels.models.bit_packing import pack_bits, packed_bytes, unpack_bits
 from csimodels.models.llmcsinet import Codeword, LlmCsiNetConfig, codeword_scale
 from csimodels.models.quantizer import LloydMax
 
@@ -76,7 +77,7 @@ class PayloadFormat:
 
     def report_bytes(self, m: int) -> int:
         """Bytes of a report of ``m`` elements."""
-        packed = (m * self.value_bits + 7) // 8 + (m * self.index_bits + 7) // 8
+        packed = packed_bytes(m, self.value_bits) + packed_bytes(m, self.index_bits)
         return _HEADER.size + packed + _CRC.size
 
     def full_digest(self) -> bytes:
@@ -133,7 +134,7 @@ def pack(codeword: Codeword, form: PayloadFormat, lengths: torch.Tensor | None =
         sample = Codeword(codeword.values[i : i + 1, :m], codeword.indices[i : i + 1, :m], codeword.mean[i : i + 1])
         kind, scale, values = _values_to_bytes(sample, form)
         header = _HEADER.pack(_MAGIC, _VERSION, kind, form.value_bits, digest, m, mean[i], scale)
-        content = header + values + _pack_bits(indices[i, :m], form.index_bits)
+        content = header + values + pack_bits(indices[i, :m], form.index_bits)
         reports.append(content + _CRC.pack(zlib.crc32(content)))
     return reports
 
@@ -170,7 +171,7 @@ def _unpack_one(report: bytes, form: PayloadFormat, name: str) -> tuple[np.ndarr
         raise ValueError(f"{name}: expected version {_VERSION}, found {version}")
     if zlib.crc32(report[: -_CRC.size]) != _CRC.unpack(report[-_CRC.size :])[0]:
         # A cut report has lost its checksum: its own length tells it from a corrupted one.
-        whole = _HEADER.size + (m * value_bits + 7) // 8 + (m * form.index_bits + 7) // 8 + _CRC.size
+        whole = _HEADER.size + packed_bytes(m, value_bits) + packed_bytes(m, form.index_bits) + _CRC.size
         if len(report) != whole:
             raise ValueError(f"{name}: truncated or corrupted: expected {whole} bytes for M = {m}, found {len(report)}")
         stored, found = _CRC.unpack(report[-_CRC.size :])[0], zlib.crc32(report[: -_CRC.size])
@@ -190,9 +191,9 @@ def _unpack_one(report: bytes, form: PayloadFormat, name: str) -> tuple[np.ndarr
             f"{name}: expected M of 1 to {form.elements} and its {form.report_bytes(m)} bytes, found M = {m} and "
             f"{len(report)} bytes"
         )
-    middle = _HEADER.size + (m * value_bits + 7) // 8
+    middle = _HEADER.size + packed_bytes(m, value_bits)
     values = _values_from_bytes(report[_HEADER.size : middle], m, scale, form)
-    indices = _unpack_bits(report[middle : -_CRC.size], m, form.index_bits)
+    indices = unpack_bits(report[middle : -_CRC.size], m, form.index_bits)
     if indices.max() >= form.elements:
         raise ValueError(f"{name}: expected indices of 0 to {form.elements - 1}, found {indices.max()}")
     return values, indices, mean
@@ -204,22 +205,11 @@ def _values_to_bytes(sample: Codeword, form: PayloadFormat) -> tuple[int, float,
         return 0, 1.0, sample.values[0].detach().cpu().numpy().astype("<f4").tobytes()
     relative, scale = relative_values(sample)
     codes = form.quantizer.encode(relative[0]).cpu().numpy().astype(np.int64)
-    return 1, float(scale), _pack_bits(codes, form.value_bits)
+    return 1, float(scale), pack_bits(codes, form.value_bits)
 
 
 def _values_from_bytes(content: bytes, m: int, scale: float, form: PayloadFormat) -> np.ndarray:
     if form.quantizer is None:
         return np.frombuffer(content, "<f4")
-    codes = torch.from_numpy(_unpack_bits(content, m, form.value_bits))
+    codes = torch.from_numpy(unpack_bits(content, m, form.value_bits))
     return (form.quantizer.decode(codes.to(form.quantizer.levels.device)).cpu() * scale).numpy()
-
-
-def _pack_bits(numbers: np.ndarray, bits: int) -> bytes:
-    places = np.arange(bits - 1, -1, -1)
-    return np.packbits(((numbers[:, None] >> places) & 1).astype(np.uint8)).tobytes()
-
-
-def _unpack_bits(content: bytes, count: int, bits: int) -> np.ndarray:
-    """int64 ``[count]``."""
-    places = np.unpackbits(np.frombuffer(content, np.uint8), count=count * bits).reshape(count, bits)
-    return places.astype(np.int64) @ (1 << np.arange(bits - 1, -1, -1, dtype=np.int64))

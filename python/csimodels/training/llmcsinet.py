@@ -67,6 +67,8 @@ class FeedbackTraining:
         lengths: codeword lengths M, one of which is drawn for each sample in each epoch (LLMCsiNet-MC, section V-E);
             empty: the configured one always.
         initial: checkpoint of the same network to start from (few-shot transfer, section V-H).
+        identity_start: whether f_EN and f_PD, of LLMCsiNet or IdasNet, start as
+            :meth:`csimodels.models.llmcsinet.LlmCsiNet.start_as_identity` sets them.
         seed: of the weights.
     """
 
@@ -76,6 +78,7 @@ class FeedbackTraining:
     compression: int | None = None
     lengths: tuple[int, ...] = ()
     initial: str | None = None
+    identity_start: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -88,6 +91,8 @@ class FeedbackTraining:
             raise ValueError(f"config, compression: expected a compression alone for the model {self.model!r}")
         elif self.lengths or any(stage.frozen or stage.part != "whole" for stage in self.stages):
             raise ValueError(f"lengths, stages: expected one length and whole stages for the model {self.model!r}")
+        if self.identity_start and self.model not in ("llmcsinet", "idasnet"):
+            raise ValueError(f"identity_start: expected False for the model {self.model!r}, got True")
         if bool(self.stages) == (self.model in CLASSICAL):
             expected = "none" if self.model in CLASSICAL else "at least one"
             raise ValueError(f"stages: expected {expected} for the model {self.model!r}, got {len(self.stages)}")
@@ -114,8 +119,12 @@ class FeedbackTraining:
         """The untrained network; its weights are a function of ``seed``."""
         torch.manual_seed(self.seed)
         if self.config is not None:
-            return LlmCsiNet(self.config)
-        return BASELINES[self.model](1 / cast(int, self.compression))
+            network: nn.Module = LlmCsiNet(self.config)
+        else:
+            network = BASELINES[self.model](1 / cast(int, self.compression))
+        if self.identity_start:
+            cast(LlmCsiNet, network).start_as_identity()
+        return network
 
 
 @dataclasses.dataclass(frozen=True)

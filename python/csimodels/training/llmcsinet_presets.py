@@ -114,18 +114,22 @@ class FeedbackPreset:
     Attributes:
         samples: for training, validation and test.
         epochs: at most, of each stage of LLMCsiNet; a baseline, which has one stage, gets both stages' together.
+        dense_epochs: at most, of the baselines with dense layers.
         batch_size, patience: of every stage.
         learning_rate: of LLMCsiNet and of IdasNet, which has its encoder. dense_learning_rate: of the baselines with
             dense layers.
         transfer: sample counts of few-shot transfer (Fig. 11). transfer_epochs: at most.
         compressions: values of 1/sigma. variants: of LLMCsiNet. channels: names of the sets.
         wide: whether the backbone has GPT-2 Large's sizes.
+        identity_start: of LLMCsiNet and IdasNet (:class:`csimodels.training.llmcsinet.FeedbackTraining`).
+        residual: of LLMCsiNet (:class:`csimodels.models.llmcsinet.LlmCsiNetConfig`).
         files: the sets among ``channels`` that are of files.
     """
 
     name: str
     samples: tuple[int, int, int]
     epochs: int
+    dense_epochs: int
     batch_size: int
     learning_rate: float
     dense_learning_rate: float
@@ -136,6 +140,8 @@ class FeedbackPreset:
     variants: tuple[str, ...]
     channels: tuple[str, ...]
     wide: bool
+    identity_start: bool = False
+    residual: bool = False
     files: tuple[ChannelFiles, ...] = ()
 
     def with_channels(self, sets: Sequence[str]) -> FeedbackPreset:
@@ -199,6 +205,7 @@ class FeedbackPreset:
             "codeword_values": codeword_values(compression),
             "backbone": backbone,
             "quantizer_levels": 2**VALUE_BITS,
+            "residual": self.residual,
         }
         return LlmCsiNetConfig(**{**fields, **changes})
 
@@ -218,14 +225,17 @@ class FeedbackPreset:
             frozen = config.preliminary and self._frozen(channels)
             stages.append(Stage(self._train(self.epochs, self.learning_rate), "whole", frozen))
         lengths = tuple(codeword_values(ratio) for ratio in self.compressions) if mixed_ratios else ()
-        return FeedbackTraining(LLMCSINET, tuple(stages), config, lengths=lengths)
+        return FeedbackTraining(LLMCSINET, tuple(stages), config, lengths=lengths, identity_start=self.identity_start)
 
     def baseline(self, name: str, compression: int) -> FeedbackTraining:
         """A baseline at 1/sigma."""
         if name in CLASSICAL:
             return FeedbackTraining(name, (), compression=compression)
-        rate = self.learning_rate if name == "idasnet" else self.dense_learning_rate
-        return FeedbackTraining(name, (Stage(self._train(2 * self.epochs, rate)),), compression=compression)
+        if name == "idasnet":
+            stage = Stage(self._train(2 * self.epochs, self.learning_rate))
+            return FeedbackTraining(name, (stage,), compression=compression, identity_start=self.identity_start)
+        stage = Stage(self._train(self.dense_epochs, self.dense_learning_rate))
+        return FeedbackTraining(name, (stage,), compression=compression)
 
     def fine_tuning(self, start: FeedbackTraining, checkpoint: str, samples: int) -> FeedbackTraining:
         """Few-shot transfer: all weights of ``start``'s network go on from ``checkpoint``.
@@ -277,6 +287,7 @@ def feedback_preset(name: str) -> FeedbackPreset:
             name,
             samples=(20_000, 10_000, 10_000),
             epochs=300,
+            dense_epochs=600,
             batch_size=200,
             learning_rate=2e-3,
             dense_learning_rate=2e-3,
@@ -291,8 +302,9 @@ def feedback_preset(name: str) -> FeedbackPreset:
     return FeedbackPreset(
         name,
         # Small batches and a high rate: what is learned in these minutes depends on the number and length of steps.
-        samples=(4000, 300, 1000),
-        epochs=4,
+        samples=(3000, 300, 1000),
+        epochs=3,
+        dense_epochs=10,
         batch_size=8,
         learning_rate=5e-3,
         dense_learning_rate=2e-3,
@@ -303,4 +315,6 @@ def feedback_preset(name: str) -> FeedbackPreset:
         variants=("S", "M"),
         channels=("outdoor_nlos", "indoor_los"),
         wide=False,
+        identity_start=True,
+        residual=True,
     )
