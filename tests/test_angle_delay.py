@@ -7,15 +7,13 @@ import math
 import pytest
 import torch
 
-from csimodels.channels.angle_delay import (
-    ANGLE_DELAY_PRESETS,
+from csimodels.channels.angle_delay import angle_delay, noisy, to_frequency
+from csimodels.channels.angle_delay_sets import (
+    ANGLE_DELAY_SETS,
     INDOOR_LOS,
     OUTDOOR_NLOS,
     UMA_28GHZ,
-    angle_delay,
     angle_delay_preset,
-    noisy,
-    to_frequency,
 )
 from csimodels.channels.rays import AntennaArray, DelayTaps, Rays, SubcarrierGrid, synthesize
 
@@ -189,9 +187,9 @@ def test_noise_has_the_snr_asked_for(snr):
 
 
 def test_presets_are_found_by_name():
-    assert set(ANGLE_DELAY_PRESETS) == {"indoor_los", "outdoor_nlos", "uma_28ghz"}
+    assert set(ANGLE_DELAY_SETS) == {"indoor_los", "outdoor_nlos", "uma_28ghz", "raytraced"}
     assert angle_delay_preset("indoor_los", shift=3).shift == 3
-    with pytest.raises(ValueError, match="expected one of indoor_los, outdoor_nlos, uma_28ghz, got 'indoor'"):
+    with pytest.raises(ValueError, match="indoor_los, outdoor_nlos, uma_28ghz, raytraced, got 'indoor'"):
         angle_delay_preset("indoor")
 
 

@@ -81,13 +81,25 @@ def _parse_indices(text: str) -> list[int]:
 @app.command()
 def generate(
     out: Annotated[Path, typer.Argument(dir_okay=False, help="HDF5 file to write, such as site.h5")],
-    environments: Annotated[str, typer.Option(help="indices, such as 1-100,105; odd are NLOS, even LOS")] = "101-110",
-    samples: Annotated[int, typer.Option(min=1, help="UE positions per environment")] = 1000,
+    environments: Annotated[
+        str | None, typer.Option(help="indices, such as 1-100,105; odd are NLOS, even LOS; default: 101-110")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="UE positions per environment; with --channels, in all")] = 1000,
     generator: Annotated[str, typer.Option(help="builtin, or sionna (needs the extra sionna)")] = "builtin",
     seed: Annotated[int, typer.Option(min=0, help="seed of the cell that the environments lie in")] = 0,
     patches: Annotated[int, typer.Option(min=1, help="independent ray sets per environment")] = 1,
+    channels: Annotated[
+        str | None,
+        typer.Option(
+            help="instead of environments: LLMCsiNet's set indoor_los, outdoor_nlos, uma_28ghz (needs the extra "
+            "sionna) or raytraced (needs the extra raytracing), with its 1,024 subcarriers"
+        ),
+    ] = None,
+    split: Annotated[str, typer.Option(help="of --channels: train, validation or test")] = "test",
 ) -> None:
     """Draw channels of LASCO's setting (32 antennas, 32 subcarriers, 2.655 GHz, UMi) into an HDF5 file.
+
+    With --channels, those of one of LLMCsiNet's sets.
 
     Example: csimodels generate site.h5 --environments 1301 --samples 3000
     """
@@ -95,13 +107,30 @@ def generate(
         from csimodels.channels.environment import CellConfig
         from csimodels.channels.presets import generate_dataset
 
-        indices = _parse_indices(environments)
+        if channels is not None:
+            if environments is not None or (generator, seed, patches) != ("builtin", 0, 1):
+                raise ValueError("channels: expected no --environments, --generator, --seed or --patches beside it")
+            _generate_set(out, channels, split, samples)
+            return
+        indices = _parse_indices(environments or "101-110")
         with progress("generating") as update:
             generate_dataset(
                 out, CellConfig(patches=patches), seed, indices, samples, generator=generator, progress=update
             )
         count = f"{len(indices)} environment{'s' if len(indices) > 1 else ''}"
         console.print(f"wrote {len(indices) * samples} samples of {count} to {out}", soft_wrap=True)
+
+
+def _generate_set(out: Path, name: str, split: str, samples: int) -> None:
+    from csimodels.channels.angle_delay_sets import angle_delay_preset
+
+    chosen = angle_delay_preset(name)
+    reason = chosen.unavailable()
+    if reason is not None:
+        raise ValueError(f"channels: {name}: {reason}")
+    with progress("generating") as update:
+        chosen.write(out, split, samples, progress=update)
+    console.print(f"wrote {samples} samples of {name} ({split}) to {out}", soft_wrap=True)
 
 
 @app.command()
@@ -403,6 +432,14 @@ def experiment(
         "runs/experiments"
     ),
     workers: Workers = None,
+    channels: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="for llmcsinet-*, repeatable: sets in place of the preset's, the first for most figures: indoor_los, "
+            "outdoor_nlos, uma_28ghz, raytraced, or NAME=PATH of your own files (a folder of COST 2100 .mat files, of "
+            "train.h5, validation.h5 and test.h5, or of a DeepMIMO scenario; or one .mat or .h5 file)"
+        ),
+    ] = None,
     show_list: Annotated[bool, typer.Option("--list", help="name every experiment with its figure")] = False,
 ) -> None:
     """Run a paper's experiment; writes NAME.json, NAME.md and NAME.png. Interrupted runs continue.
@@ -429,6 +466,7 @@ def experiment(
                 preset,
                 out,
                 workers,
+                tuple(channels or ()),
                 on_start=errors.print,
                 on_step=lambda step, total, loss: update(step, total, f"training, loss {loss:.4f}"),
                 on_done=lambda done, total, task: update(done, total),

@@ -25,7 +25,8 @@ def train(
         Path | None, typer.Option(help="HDF5 or COST 2100 .mat file to train on, split 8:1:1; default: --channels")
     ] = None,
     channels: Annotated[
-        str, typer.Option(help="built-in set: indoor_los, outdoor_nlos or uma_28ghz (needs the extra sionna)")
+        str,
+        typer.Option(help="indoor_los, outdoor_nlos, uma_28ghz, raytraced, or NAME=PATH as for csimodels experiment"),
     ] = "outdoor_nlos",
     preset: Annotated[
         str, typer.Option(help="laptop (for two CPU cores) or paper (the paper's sizes and epochs)")
@@ -63,6 +64,9 @@ def train(
         sizes = dataclasses.replace(
             feedback_preset(preset), **{name: value for name, value in changes.items() if value is not None}
         )
+        if data is None:
+            sizes = sizes.with_channels([channels])
+            (channels,) = sizes.channels
         if model == "llmcsinet":
             chosen = {} if backbone is None else {"backbone": _backbone(sizes, variant, backbone)}
             name = channels if data is None else "user"

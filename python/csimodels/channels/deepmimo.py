@@ -24,7 +24,8 @@ from csimodels.channels.matfile import read_variable
 from csimodels.channels.rays import SPEED_OF_LIGHT, AntennaArray, Rays, Spectrum, synthesize
 
 _PATHS = ("power", "phase", "delay", "aod_az", "aod_el", "aoa_az", "aoa_el")
-_PAIR = re.compile(r"power_(t\d+_tx\d+_r\d+)\.(?:npz|mat)")
+PAIR = re.compile(r"t\d+_tx\d+_r\d+")
+_POWER = re.compile(rf"power_({PAIR.pattern})\.(?:npz|mat)")
 _BLOCK = 256  # users at a time: 64 MiB at 32 x 1,024
 
 
@@ -45,6 +46,10 @@ class DeepMimoScenario:
     positions: torch.Tensor
     rays: Rays
 
+    def __getitem__(self, users: slice | torch.Tensor) -> DeepMimoScenario:
+        """Some of the users, by their places here."""
+        return DeepMimoScenario(self.carrier, self.users[users], self.positions[users], self.rays[users])
+
     def channels(self, array: AntennaArray, grid: Spectrum, *, elapsed: float = 0.0) -> torch.Tensor:
         """Complex64 ``[user, antenna, subcarrier]``, not normalised.
 
@@ -57,11 +62,12 @@ class DeepMimoScenario:
             ValueError: time has passed, and the scenario was read without a speed.
         """
         rays = self.rays
-        gain = rays.at(torch.tensor([elapsed], dtype=torch.float64)).gain[:, 0] if elapsed else rays.gain
+        if elapsed:
+            rays = dataclasses.replace(rays, gain=rays.at(torch.tensor([elapsed], dtype=torch.float64)).gain[:, 0])
         h = torch.empty(len(self.users), len(array), grid.subcarriers, dtype=torch.complex64)
         for start in range(0, len(h), _BLOCK):
             part = slice(start, start + _BLOCK)
-            h[part] = synthesize(Rays(gain[part], rays.delay[part], rays.direction[part]), array, grid)
+            h[part] = synthesize(rays[part], array, grid)
         return h
 
 
@@ -98,7 +104,7 @@ def read_scenario(
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")
     carrier = _carrier(folder)
-    pair = _choose_pair(folder, pair)
+    pair = choose_pair(folder, pair)
     positions = _matrix(folder, "rx_pos", pair)
     paths = {name: _matrix(folder, name, pair).astype(np.float64) for name in _PATHS}
     shape = paths["power"].shape
@@ -115,30 +121,21 @@ def read_scenario(
     users = np.flatnonzero(np.isfinite(paths["power"]).any(axis=1))
     if not len(users):
         raise ValueError(f"{folder}: {pair}: expected users with paths, got none of {shape[0]}")
-    power = np.where(np.isfinite(paths["power"]), paths["power"], -np.inf)[users]
-    strongest = np.argsort(-power, axis=1, kind="stable")[:, :max_paths]
-    there = np.isfinite(np.take_along_axis(power, strongest, axis=1))
-    kept = {
-        name: np.where(there, np.take_along_axis(values[users], strongest, axis=1), 0.0)
-        for name, values in paths.items()
-    }
+    there = np.isfinite(paths["power"][users])
+    known = {name: np.where(there, values[users], 0.0) for name, values in paths.items()}
+    rays = _rays(known, there, speed_kmh / 3.6 * carrier / SPEED_OF_LIGHT, np.random.default_rng(seed))
+    rays = rays.strongest(max_paths)
     return DeepMimoScenario(
         carrier=carrier,
         users=torch.from_numpy(users),
         positions=torch.from_numpy(positions[users].astype(np.float64)),
-        rays=_rays(kept, there, align, speed_kmh / 3.6 * carrier / SPEED_OF_LIGHT, np.random.default_rng(seed)),
+        rays=rays.aligned() if align else rays,
     )
 
 
-def _rays(
-    paths: dict[str, np.ndarray], there: np.ndarray, align: bool, max_doppler: float, rng: np.random.Generator
-) -> Rays:
+def _rays(paths: dict[str, np.ndarray], there: np.ndarray, max_doppler: float, rng: np.random.Generator) -> Rays:
     """Of matrices ``[user, path]``, 0 where ``there`` is False."""
     amplitude = np.where(there, 10 ** (paths["power"] / 20), 0.0)
-    delay = paths["delay"]
-    if align:
-        first = np.where(there, delay, np.inf).min(axis=1, keepdims=True)
-        delay = np.where(there, delay - first, 0.0)
     doppler = None
     if max_doppler:
         heading = rng.uniform(-math.pi, math.pi, (len(there), 1))
@@ -146,7 +143,7 @@ def _rays(
         doppler = torch.from_numpy(max_doppler * (arrival * unit_vectors(heading, np.array(math.pi / 2))).sum(-1))
     return Rays(
         gain=torch.from_numpy(amplitude * np.exp(1j * np.deg2rad(paths["phase"]))),
-        delay=torch.from_numpy(delay),
+        delay=torch.from_numpy(paths["delay"]),
         direction=torch.from_numpy(_directions(paths, "aod")),
         doppler=doppler,
     )
@@ -156,10 +153,24 @@ def _directions(paths: dict[str, np.ndarray], name: str) -> np.ndarray:
     return unit_vectors(np.deg2rad(paths[f"{name}_az"]), np.deg2rad(paths[f"{name}_el"]))
 
 
-def _carrier(folder: Path) -> float:
+def pair_files(folder: Path, pair: str) -> list[Path]:
+    """The files that :func:`read_scenario` reads, in a fixed order.
+
+    Raises:
+        FileNotFoundError: one of them is missing.
+    """
+    return [_parameters(folder), *(_matrix_file(folder, name, pair) for name in ("rx_pos", *_PATHS))]
+
+
+def _parameters(folder: Path) -> Path:
     path = next((p for p in (folder / "params.json", folder.parent / "params.json") if p.is_file()), None)
     if path is None:
         raise FileNotFoundError(f"{folder / 'params.json'}: no such file; expected a scenario folder of DeepMIMO 4")
+    return path
+
+
+def _carrier(folder: Path) -> float:
+    path = _parameters(folder)
     try:
         carrier = float(json.loads(path.read_text(encoding="utf-8"))["rt_params"]["frequency"])
     except (ValueError, KeyError, TypeError) as error:
@@ -169,8 +180,13 @@ def _carrier(folder: Path) -> float:
     return carrier
 
 
-def _choose_pair(folder: Path, pair: str | None) -> str:
-    pairs = sorted({match[1] for path in folder.iterdir() if (match := _PAIR.fullmatch(path.name))})
+def choose_pair(folder: Path, pair: str | None) -> str:
+    """``pair``, or the only one that the folder has.
+
+    Raises:
+        ValueError: several pairs to choose from, none or not the one asked for (names those there are).
+    """
+    pairs = sorted({match[1] for path in folder.iterdir() if (match := _POWER.fullmatch(path.name))})
     if not pairs:
         raise ValueError(f"{folder}: expected files like power_t001_tx000_r000.npz, got none")
     if pair is None and len(pairs) > 1:
@@ -180,12 +196,19 @@ def _choose_pair(folder: Path, pair: str | None) -> str:
     return pair or pairs[0]
 
 
-def _matrix(folder: Path, name: str, pair: str) -> np.ndarray:
+def _matrix_file(folder: Path, name: str, pair: str) -> Path:
     path = folder / f"{name}_{pair}.npz"
-    if not path.is_file():
-        if not path.with_suffix(".mat").is_file():
-            raise FileNotFoundError(f"{path}: no such file, and no .mat")
-        return read_variable(path.with_suffix(".mat"), name)
+    if path.is_file():
+        return path
+    if not path.with_suffix(".mat").is_file():
+        raise FileNotFoundError(f"{path}: no such file, and no .mat")
+    return path.with_suffix(".mat")
+
+
+def _matrix(folder: Path, name: str, pair: str) -> np.ndarray:
+    path = _matrix_file(folder, name, pair)
+    if path.suffix == ".mat":
+        return read_variable(path, name)
     try:
         with np.load(path, allow_pickle=False) as stored:
             values = stored[name]

@@ -166,6 +166,28 @@ class Rays:
         direction = self.direction if self.direction.ndim == 2 else self.direction[..., None, :, :]
         return Rays(gain, delay, direction, None)
 
+    def __getitem__(self, items: slice | torch.Tensor) -> Rays:
+        """Some items of the first batch dimension, which all attributes must have."""
+        doppler = None if self.doppler is None else self.doppler[items]
+        return Rays(self.gain[items], self.delay[items], self.direction[items], doppler)
+
+    def strongest(self, paths: int) -> Rays:
+        """The ``paths`` strongest of each item, strongest first; of equal ones the first. No dimension is broadcast."""
+        order = self.gain.abs().argsort(dim=-1, descending=True, stable=True)[..., :paths]
+        return Rays(
+            self.gain.gather(-1, order),
+            self.delay.gather(-1, order),
+            self.direction.gather(-2, order[..., None].expand(*order.shape, 3)),
+            None if self.doppler is None else self.doppler.gather(-1, order),
+        )
+
+    def aligned(self) -> Rays:
+        """Delays counted from each item's first path with a gain, to which a UE synchronises; 0 for those without."""
+        there = self.gain != 0
+        first = self.delay.where(there, math.inf).amin(-1, keepdim=True)
+        delay = (self.delay - first).where(there, 0.0)
+        return dataclasses.replace(self, delay=delay)
+
 
 def phasor(phase: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """``exp(j phase)`` of float64 ``phase`` in radians, as complex ``dtype``."""

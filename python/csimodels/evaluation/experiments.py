@@ -26,6 +26,8 @@ class Experiment:
 
 def _lasco(function: Callable[[lasco_experiments.Settings], Outcome]) -> Callable[[Context], Outcome]:
     def run(context: Context) -> Outcome:
+        if context.channels:
+            raise ValueError("channels: expected none for LASCO's experiments, whose environments are the preset's")
         store = CheckpointStore(
             context.out / "checkpoints", context.preset, on_start=context.on_start, on_step=context.on_step
         )

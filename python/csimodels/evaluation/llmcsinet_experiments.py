@@ -10,7 +10,6 @@ import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from csimodels.channels.angle_delay import angle_delay_preset
 from csimodels.evaluation import llmcsinet_costs as costs
 from csimodels.evaluation import llmcsinet_tables as tables
 from csimodels.evaluation.figures import Curve
@@ -27,7 +26,10 @@ SPEED_KMH = 30.0
 
 def _kept_energy(s: Settings, samples: int = 128) -> str:
     """What the truncation to Nc rows leaves."""
-    kept = (f"{name} {angle_delay_preset(name).kept_energy('test', samples).mean():.1%}" for name in s.sizes.channels)
+    kept = []
+    for name in s.sizes.channels:
+        shares = s.sizes.channel_set(name).kept_energy(samples)
+        kept.append(f"{name} {'not known' if shares is None else f'{shares.mean():.1%}'}")
     return f"Energy that the delay rows keep: {', '.join(kept)}.\n"
 
 
@@ -171,6 +173,8 @@ def fig10(s: Settings) -> Outcome:
 
 def fig11(s: Settings) -> Outcome:
     """Few-shot transfer between the first two sets: NMSE and time against the number of fine-tuning samples."""
+    if len(s.sizes.channels) < 2:
+        raise ValueError(f"channels: expected two sets to transfer between, got {', '.join(s.sizes.channels)}")
     first, second = s.sizes.channels[:2]
     rows: list[Row] = []
     for source, target in ((first, second), (second, first)):

@@ -59,7 +59,8 @@ class FeedbackTask:
     def run_dir(self) -> Path:
         """Folder of the checkpoint; the same for every task that trains the same network on the same channels."""
         name = f"{self.training.model}-{self.channels.name}-{self.compression}"
-        return Path(self.folder) / "llmcsinet" / f"{name}-{_digest([self.training.described(), self.channels])[:12]}"
+        key = _digest([self.training.described(), self.channels.described()])[:12]
+        return Path(self.folder) / "llmcsinet" / f"{name}-{key}"
 
     def checkpoint(self) -> Path:
         """The trained network's file."""
@@ -69,11 +70,12 @@ class FeedbackTask:
         """Identifies the outcome: everything that determines it but the folder."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         del fields["folder"]
-        return _digest({**fields, "training": self.training.described()})[:16]
+        sets = {"channels": self.channels.described(), "tests": [channels.described() for channels in self.tests]}
+        return _digest({**fields, **sets, "training": self.training.described()})[:16]
 
 
 def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=dataclasses.asdict).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def run_task(task: FeedbackTask) -> list[Row]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from csimodels.channels.angle_delay_sets import angle_delay_preset
 from csimodels.evaluation.figures import Curve, line_figure
 from csimodels.evaluation.llmcsinet_runs import FeedbackTask, run_task
 from csimodels.evaluation.outcome import Context
@@ -103,11 +103,12 @@ class Settings:
 def settings(context: Context) -> Settings:
     """The preset's settings; rows, checkpoints and channels are kept in ``context.out``.
 
-    UMa channels are left out where Sionna is not installed.
+    Without channels in ``context``, they are the preset's; those whose extra is not installed are left out.
     """
     sizes = feedback_preset(context.preset)
-    if not importlib.util.find_spec("sionna"):
-        sizes = dataclasses.replace(sizes, channels=tuple(name for name in sizes.channels if name != "uma_28ghz"))
+    sizes = sizes.with_channels(
+        context.channels or [name for name in sizes.channels if angle_delay_preset(name).unavailable() is None]
+    )
     folder = context.out / "checkpoints"
 
     def run(tasks: Sequence[FeedbackTask]) -> list[Row]:

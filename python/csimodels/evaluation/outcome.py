@@ -22,6 +22,7 @@ class Context:
         preset: ``laptop`` or ``paper``.
         out: folder of rows, checkpoints and figures, shared by all experiments.
         workers: processes; default one per core.
+        channels: sets in place of the preset's, each ``NAME`` or ``NAME=PATH``; for the experiments that take some.
         on_start: called with a description before something long begins.
         on_step: progress of one training, ``(step, total_steps, loss)``.
         on_done: progress over tasks, ``(finished, total, task)``.
@@ -30,6 +31,7 @@ class Context:
     preset: str
     out: Path
     workers: int | None = None
+    channels: tuple[str, ...] = ()
     on_start: Callable[[str], None] = _nothing
     on_step: Callable[[int, int, float], None] = _nothing
     on_done: Callable[[int, int, Any], None] = _nothing

@@ -6,12 +6,16 @@ import dataclasses
 import functools
 import hashlib
 import json
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from csimodels.channels.angle_delay import SPLITS, angle_delay_preset
+from csimodels.channels.angle_delay_sets import ANGLE_DELAY_SETS, angle_delay_preset
+from csimodels.channels.channel_files import ChannelFiles, find_files
+from csimodels.channels.raytracing import SPLITS
 from csimodels.files import load_tensors, save_tensors
 from csimodels.models.backbone import BackboneConfig
 from csimodels.models.baselines import CLASSICAL
@@ -23,19 +27,23 @@ from csimodels.training.loop import TrainConfig
 LLMCSINET = "llmcsinet"
 GPT2_LARGE = "openai-community/gpt2-large"
 VALUE_BITS = 6  # of the Lloyd-Max codes; decided, the paper gives none
-# Section V-B: f_EN and f_PD keep their stage-1 weights indoors.
-FROZEN = {"indoor_los": True, "outdoor_nlos": False, "uma_28ghz": False}
+# Section V-B: f_EN and f_PD keep their stage-1 weights indoors and in traced scenes.
+FROZEN = {"indoor_los": True, "outdoor_nlos": False, "uma_28ghz": False, "raytraced": True}
 
 
 @dataclasses.dataclass(frozen=True)
 class Channels:
-    """A set of angle-delay channels (:func:`csimodels.channels.angle_delay.angle_delay_preset`), and how many of each.
+    """A set of angle-delay channels (:mod:`csimodels.channels.angle_delay_sets`), and how many of each.
 
     Attributes:
         name: of the set. train, validation, test: samples.
         speed_kmh: of the UEs in every split.
         mixed: training and validation samples alternate between UEs that stand and that move (section V-F); the test
             samples all move at ``speed_kmh``.
+        files: what the samples are of, if not of the named set.
+
+    Raises:
+        ValueError: more samples than the files have, or a speed where they know of none.
     """
 
     name: str
@@ -44,32 +52,59 @@ class Channels:
     test: int
     speed_kmh: float = 0.0
     mixed: bool = False
+    files: ChannelFiles | None = None
+
+    def __post_init__(self) -> None:
+        if self.files is None:
+            return
+        for split, available in zip(SPLITS, self.files.available, strict=True):
+            if getattr(self, split) > available:
+                raise ValueError(
+                    f"{split}: expected at most {available} samples of {self.name}, got {getattr(self, split)}"
+                )
+        if self.speed_kmh and not self.files.moves:
+            raise ValueError(f"speed_kmh: {self.name} has files of still channels, got {self.speed_kmh:g} km/h")
+
+    def described(self) -> dict[str, Any]:
+        """What determines the samples, JSON-serialisable: of files their content, not where they are."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "files"}
+        return fields if self.files is None else {**fields, "files": self.files.described()}
 
     def key(self) -> str:
         """Identifies the samples."""
-        return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps(self.described(), sort_keys=True).encode()).hexdigest()[:16]
 
     def draw(self) -> dict[str, torch.Tensor]:
         """All splits, float32 ``[samples, 2, delays, antennas]`` of energy ``delays * antennas``."""
-        moving = angle_delay_preset(self.name, speed_kmh=self.speed_kmh)
-        splits = {split: moving.sample(split, getattr(self, split)) for split in SPLITS}
+        splits = {split: self._sample(split, self.speed_kmh) for split in SPLITS}
         if self.mixed:
-            still = angle_delay_preset(self.name)
             for split in ("train", "validation"):
-                splits[split][::2] = still.sample(split, getattr(self, split))[::2]
+                splits[split][::2] = self._sample(split, 0.0)[::2]
         return splits
+
+    def _sample(self, split: str, speed_kmh: float) -> torch.Tensor:
+        count = getattr(self, split)
+        if self.files is not None:
+            return self.files.sample(split, count, speed_kmh=speed_kmh)
+        return angle_delay_preset(self.name, speed_kmh=speed_kmh).sample(split, count)
+
+    def kept_energy(self, count: int) -> torch.Tensor | None:
+        """Share of the energy of ``count`` test samples (or all, if fewer) in the delay rows; None if not known."""
+        if self.files is not None:
+            return self.files.kept_energy("test", min(count, self.files.available[-1]))
+        return angle_delay_preset(self.name).kept_energy("test", count)
 
     def load(self, folder: Path) -> dict[str, torch.Tensor]:
         """:meth:`draw`, kept in ``folder`` for the next time."""
         path = folder / f"{self.name}-{self.key()}.safetensors"
         if not path.exists():
-            save_tensors(path, self.draw(), dataclasses.asdict(self))
+            save_tensors(path, self.draw(), self.described())
         return load_tensors(path)[0]
 
     def training_data(self, folder: Path) -> FeedbackData:
         """What a network is trained on."""
         splits = self.load(folder)
-        return FeedbackData(splits["train"], splits["validation"], dataclasses.asdict(self))
+        return FeedbackData(splits["train"], splits["validation"], self.described())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +123,7 @@ class FeedbackPreset:
         wide: whether the backbone has GPT-2 Large's sizes.
         identity_start: of LLMCsiNet and IdasNet (:class:`csimodels.training.llmcsinet.FeedbackTraining`).
         residual: of LLMCsiNet (:class:`csimodels.models.llmcsinet.LlmCsiNetConfig`).
+        files: the sets among ``channels`` that are of files.
     """
 
     name: str
@@ -106,10 +142,58 @@ class FeedbackPreset:
     wide: bool
     identity_start: bool = False
     residual: bool = False
+    files: tuple[ChannelFiles, ...] = ()
+
+    def with_channels(self, sets: Sequence[str]) -> FeedbackPreset:
+        """These sets in place of the preset's.
+
+        Args:
+            sets: names of :data:`csimodels.channels.angle_delay_sets.ANGLE_DELAY_SETS`, or ``NAME=PATH`` for what
+                :func:`csimodels.channels.channel_files.find_files` makes of a file or folder. Sample counts beyond
+                those of the files are lowered.
+
+        Raises:
+            ValueError: a name that is unknown, taken or given twice; an extra that is not installed; files that cannot
+                be used, or with fewer training samples than a batch has.
+            FileNotFoundError: files are missing.
+        """
+        names, files = [], []
+        for text in sets:
+            name, separator, path = text.partition("=")
+            if separator:
+                files.append(self._files(name, path))
+            elif reason := angle_delay_preset(name).unavailable():
+                raise ValueError(f"channels: {name}: {reason}")
+            names.append(name)
+        if not names or len(set(names)) < len(names):
+            raise ValueError(f"channels: expected names that differ, got {', '.join(names) or 'none'}")
+        fewest = min((file.available[0] for file in files), default=max(self.transfer))
+        transfer = tuple(dict.fromkeys(min(count, fewest) for count in self.transfer))
+        return dataclasses.replace(self, channels=tuple(names), files=tuple(files), transfer=transfer)
+
+    def _files(self, name: str, path: str) -> ChannelFiles:
+        if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name) or name in ANGLE_DELAY_SETS:
+            raise ValueError(
+                "channels: expected NAME=PATH with a name of letters, digits, - and _ that is not "
+                f"{', '.join(ANGLE_DELAY_SETS)}, got {name!r}"
+            )
+        found = find_files(name, Path(path))
+        if found.available[0] < self.batch_size:
+            raise ValueError(
+                f"{path}: expected at least {self.batch_size} training samples, a batch, got {found.available[0]}"
+            )
+        return found
 
     def channel_set(self, name: str, **changes: Any) -> Channels:
-        """The named set at this preset's numbers of samples."""
-        return dataclasses.replace(Channels(name, *self.samples), **changes)
+        """The named set at this preset's numbers of samples, or as many as its files have."""
+        files = next((files for files in self.files if files.name == name), None)
+        available = self.samples if files is None else files.available
+        train, validation, test = (min(pair) for pair in zip(self.samples, available, strict=True))
+        return dataclasses.replace(Channels(name, train, validation, test, files=files), **changes)
+
+    def _frozen(self, channels: str) -> bool:
+        """Whether f_EN and f_PD keep their weights in stage 2."""
+        return next((files.frozen for files in self.files if files.name == channels), FROZEN.get(channels, False))
 
     def config(self, variant: str, compression: int, **changes: Any) -> LlmCsiNetConfig:
         """LLMCsiNet-S, -M or -L at 1/sigma."""
@@ -138,7 +222,7 @@ class FeedbackPreset:
         if config.preliminary:
             stages.append(Stage(self._train(self.epochs, self.learning_rate), "preliminary"))
         if config.prediction:
-            frozen = config.preliminary and FROZEN.get(channels, False)
+            frozen = config.preliminary and self._frozen(channels)
             stages.append(Stage(self._train(self.epochs, self.learning_rate), "whole", frozen))
         lengths = tuple(codeword_values(ratio) for ratio in self.compressions) if mixed_ratios else ()
         return FeedbackTraining(LLMCSINET, tuple(stages), config, lengths=lengths, identity_start=self.identity_start)
@@ -212,7 +296,7 @@ def feedback_preset(name: str) -> FeedbackPreset:
             transfer_epochs=100,
             compressions=(8, 16, 32, 64),
             variants=("S", "M", "L"),
-            channels=("outdoor_nlos", "indoor_los", "uma_28ghz"),
+            channels=("outdoor_nlos", "indoor_los", "uma_28ghz", "raytraced"),
             wide=True,
         )
     return FeedbackPreset(
