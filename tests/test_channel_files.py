@@ -12,6 +12,7 @@ from command_line import refuse, succeed
 from test_deepmimo import matrices, save
 
 from csimodels.channels.angle_delay import angle_delay
+from csimodels.channels.angle_delay_sets import ANGLE_DELAY_SETS, angle_delay_preset
 from csimodels.channels.channel_files import find_files
 from csimodels.channels.deepmimo import read_scenario
 from csimodels.channels.hdf5 import write_channels
@@ -148,17 +149,17 @@ def test_the_key_depends_on_the_content_not_on_the_place(tmp_path):
     assert changed.key() != sets[0].key() and again.key() != task.key() and again.run_dir() != task.run_dir()
 
 
-def test_named_sets_keep_the_keys_that_finished_runs_have():
-    sets = [Channels("outdoor_nlos", 2000, 300, 1000), Channels("indoor_los", 2000, 300, 1000, 30.0, True)]
-    assert [channels.key() for channels in sets] == ["63cdbd9a0b6635ec", "da6b66a3a98c94df"]
-    assert sets[0].described() == {
-        "name": "outdoor_nlos",
-        "train": 2000,
-        "validation": 300,
-        "test": 1000,
-        "speed_kmh": 0.0,
-        "mixed": False,
-    }
+@pytest.mark.parametrize("name", ["outdoor_nlos", "indoor_los", "uma_28ghz", "raytraced"])
+def test_the_key_of_a_named_set_depends_on_what_the_name_stands_for(name, monkeypatch):
+    channels = Channels(name, 2000, 300, 1000)
+    described, key = channels.described(), channels.key()
+    assert json.loads(json.dumps(described)) == described
+    assert key == Channels(name, 2000, 300, 1000).key()
+    for change in ({"train": 1999}, {"speed_kmh": 30.0}, {"mixed": True}):
+        assert dataclasses.replace(channels, **change).key() != key
+    monkeypatch.setitem(ANGLE_DELAY_SETS, name, angle_delay_preset(name, shift=3))
+    assert channels.key() != key
+    assert {**channels.described(), "definition": described["definition"]} == described
 
 
 # Presets --------------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import itertools
 import math
 import os
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -67,6 +67,11 @@ class AngleDelaySet(abc.ABC):
     @abc.abstractmethod
     def describe(self, split: str, count: int, draw: int = 0) -> dict[str, Any]:
         """What determines the samples, JSON-serialisable, and what is known of those left out."""
+
+    def definition(self) -> dict[str, Any]:
+        """All fields, JSON-serialisable: with a split, a count and a draw, they determine the samples."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(cast(Any, self))}
+        return {name: _plain(value) for name, value in fields.items()}
 
     def sample(self, split: str, count: int, *, draw: int = 0) -> torch.Tensor:
         """Samples of one split; a function of the arguments alone.
@@ -147,6 +152,17 @@ class AngleDelaySet(abc.ABC):
     @property
     def _travel(self) -> float:
         return self.speed_kmh / 3.6 * self.elapsed
+
+
+def _plain(value: Any) -> Any:
+    """A field as JSON has it."""
+    if isinstance(value, CellConfig):
+        return value.to_dict()
+    if isinstance(value, AntennaArray):
+        return value.positions.tolist()
+    if isinstance(value, range):
+        return [value.start, value.stop, value.step]
+    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
 
 
 @dataclasses.dataclass(frozen=True)

@@ -84,7 +84,7 @@ class Settings:
         """The classical methods, and every network of Fig. 5."""
         tasks = [self.baseline(name, channels, compression, **more) for name in (*self.classical, *self.baselines)]
         tasks += [self.variant(name, channels, compression, **more) for name in self.sizes.variants]
-        return [*tasks, self.by_image(channels, compression, **more)]
+        return [*tasks, self.by_image(channels, compression, **more)] if self.sizes.variants else tasks
 
     def by_image(self, channels: str | Channels, compression: int, **more: Any) -> FeedbackTask:
         """The largest LLMCsiNet, feeding back the largest elements of its image as IdasNet does.

@@ -66,9 +66,13 @@ class Channels:
             raise ValueError(f"speed_kmh: {self.name} has files of still channels, got {self.speed_kmh:g} km/h")
 
     def described(self) -> dict[str, Any]:
-        """What determines the samples, JSON-serialisable: of files their content, not where they are."""
+        """What determines the samples, JSON-serialisable: of files their content, not where they are; of a named set
+        what its name stands for."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "files"}
-        return fields if self.files is None else {**fields, "files": self.files.described()}
+        if self.files is not None:
+            return {**fields, "files": self.files.described()}
+        definition = json.dumps(angle_delay_preset(self.name).definition(), sort_keys=True)
+        return {**fields, "definition": hashlib.sha256(definition.encode()).hexdigest()[:16]}
 
     def key(self) -> str:
         """Identifies the samples."""
