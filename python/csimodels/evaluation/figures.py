@@ -45,10 +45,11 @@ def line_figure(
     for axis, (y_label, curves) in zip(axes[0], panels.items(), strict=True):
         for index, (label, (x, y)) in enumerate(curves.items()):
             colour, marker = _COLOURS[index % len(_COLOURS)], _MARKERS[index % len(_MARKERS)]
+            style = "-" if index < len(_COLOURS) else "--"  # the ninth line has the first one's colour and marker
             if steps:
-                axis.step(x, y, where="post", color=colour, label=label)
+                axis.step(x, y, style, where="post", color=colour, label=label)
                 continue
-            axis.plot(x, y, color=colour, marker=marker, markersize=5, label=label)
+            axis.plot(x, y, style, color=colour, marker=marker, markersize=5, label=label)
             rest = [value for name, (_, values) in curves.items() if name != unscaled for value in values]
             if label == unscaled and rest:
                 low, high = _limits(rest)
