@@ -147,6 +147,13 @@ class DiscEnvironment:
         offset = self.centre - self._bs
         return math.atan2(offset[1], offset[0]), math.acos(offset[2] / np.linalg.norm(offset))
 
+    def _position_rng(self, seed: int) -> np.random.Generator:
+        return np.random.default_rng([self.seed, self.index, 1, seed])
+
+    def displacements(self, count: int, *, seed: int = 0) -> np.ndarray:
+        """Where the UEs of :meth:`sample` stand, relative to the disc's centre, metres ``[count, 3]``."""
+        return self._draw_disc(self._position_rng(seed), count)
+
     def sample(
         self,
         count: int,
@@ -181,7 +188,7 @@ class DiscEnvironment:
             raise ValueError(f"dtype: expected torch.complex64 or torch.complex128, got {dtype}")
         if not 0 <= travel < math.inf:
             raise ValueError(f"travel: expected at least 0 metres, got {travel}")
-        rng = np.random.default_rng([self.seed, self.index, 1, seed])
+        rng = self._position_rng(seed)
         displacement = self._draw_disc(rng, count)
         nearest = np.linalg.norm(displacement[:, None] - self.patch_centres[None], axis=2).argmin(axis=1)
         heading = rng.uniform(-math.pi, math.pi, count)

@@ -1,20 +1,29 @@
 """Built-in channel generator: clustered multipath with the statistics of 3GPP TR 38.901.
 
 An *environment* is a disc in a cell. Its large-scale parameters and rays are drawn once (38.901, section 7.5, steps 4
-to 10); :mod:`csimodels.channels.disc` says what a UE position inside makes of them. The tables are release 16's.
+to 10); :mod:`csimodels.channels.disc` says what a UE position inside makes of them. The tables are release 16's, those
+of the scenarios in :mod:`csimodels.channels.scenarios`. Zenith spreads are drawn independently of the other parameters.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 import numpy as np
 import torch
 
 from csimodels.channels.disc import CellConfig, DiscEnvironment, RaySet, unit_vectors
+from csimodels.channels.scenarios import Statistics, check_scenario, rma_statistics, uma_statistics, umi_statistics
 
-__all__ = ["CellConfig", "Environment", "Statistics", "sub_cluster_delays", "umi_statistics"]
+__all__ = [
+    "CellConfig",
+    "Environment",
+    "Statistics",
+    "rma_statistics",
+    "sub_cluster_delays",
+    "uma_statistics",
+    "umi_statistics",
+]
 
 # 38.901, Table 7.5-3: ray offsets within a cluster of 1 degree rms, used with both signs.
 _RAY_OFFSETS = np.array([0.0447, 0.1413, 0.2492, 0.3715, 0.5129, 0.6797, 0.8844, 1.1481, 1.5195, 2.1551])
@@ -24,65 +33,13 @@ _SUB_CLUSTER = np.zeros(20, dtype=int)
 _SUB_CLUSTER[[8, 9, 10, 11, 16, 17]] = 1
 _SUB_CLUSTER[[12, 13, 14, 15]] = 2
 _SUB_CLUSTER_DELAY = np.array([0.0, 1.28, 2.56])  # in cluster delay spreads
-_AZIMUTH_SCALING = {12: 1.146, 19: 1.273}  # Table 7.5-2
-_ZENITH_SCALING = {12: 1.104, 19: 1.184}  # Table 7.5-4
+_AZIMUTH_SCALING = {10: 1.090, 11: 1.123, 12: 1.146, 19: 1.273, 20: 1.289}  # Table 7.5-2
+_ZENITH_SCALING = {10: 0.957, 11: 1.031, 12: 1.104, 19: 1.184, 20: 1.178}  # Table 7.5-4
 
 
 def sub_cluster_delays(cluster_delay: float) -> np.ndarray:
     """What the 20 rays of a strong cluster arrive after its first, seconds ``[20]`` (38.901, eq. 7.5-26)."""
     return _SUB_CLUSTER_DELAY[_SUB_CLUSTER] * cluster_delay
-
-
-@dataclasses.dataclass(frozen=True)
-class Statistics:
-    """One scenario's rows of 38.901, Table 7.5-6: spreads as (mean, standard deviation) of log10 seconds or degrees."""
-
-    clusters: int
-    delay_spread: tuple[float, float]
-    azimuth_departure: tuple[float, float]
-    azimuth_arrival: tuple[float, float]
-    zenith_arrival: tuple[float, float]
-    rician_db: tuple[float, float] | None
-    delay_scaling: float
-    cluster_delay: float  # seconds
-    cluster_azimuth_departure: float  # degrees
-    cluster_azimuth_arrival: float
-    # Lower-triangular entries of the correlation of (DS, ASD, ASA, K), in that order.
-    correlation: tuple[float, float, float, float, float, float]
-    cluster_zenith_arrival: float = 7.0
-    cluster_shadowing_db: float = 3.0
-
-
-def umi_statistics(carrier: float, los: bool) -> Statistics:
-    """UMi street canyon at ``carrier`` Hz (38.901, Table 7.5-6; below 2 GHz the table's 2 GHz values hold)."""
-    x = math.log10(1 + max(carrier / 1e9, 2.0))
-    if los:
-        return Statistics(
-            clusters=12,
-            delay_spread=(-0.24 * x - 7.14, 0.38),
-            azimuth_departure=(-0.05 * x + 1.21, 0.41),
-            azimuth_arrival=(-0.08 * x + 1.73, 0.014 * x + 0.28),
-            zenith_arrival=(-0.1 * x + 0.73, -0.04 * x + 0.34),
-            rician_db=(9.0, 5.0),
-            delay_scaling=3.0,
-            cluster_delay=5e-9,
-            cluster_azimuth_departure=3.0,
-            cluster_azimuth_arrival=17.0,
-            correlation=(0.5, 0.8, 0.4, -0.7, -0.2, -0.3),
-        )
-    return Statistics(
-        clusters=19,
-        delay_spread=(-0.24 * x - 6.83, 0.16 * x + 0.28),
-        azimuth_departure=(-0.23 * x + 1.53, 0.11 * x + 0.33),
-        azimuth_arrival=(-0.08 * x + 1.81, 0.05 * x + 0.3),
-        zenith_arrival=(-0.04 * x + 0.92, -0.07 * x + 0.41),
-        rician_db=None,
-        delay_scaling=2.1,
-        cluster_delay=11e-9,
-        cluster_azimuth_departure=10.0,
-        cluster_azimuth_arrival=22.0,
-        correlation=(0.0, 0.4, 0.0, 0.0, 0.0, 0.0),
-    )
 
 
 class Environment(DiscEnvironment):
@@ -94,6 +51,7 @@ class Environment(DiscEnvironment):
             Fewer are what measured and ray-traced channels have. They are taken in turn from all clusters, strongest
             cluster first, and carry their cluster's power; the clusters that get none are dropped. (38.901 has no such
             choice.)
+        scenario: ``"umi"``, ``"uma"`` or ``"rma"``. Heights are the cell's, whatever the scenario.
 
     Attributes:
         spreads: the large-scale parameters drawn for it (step 4): ``delay`` in seconds, ``azimuth_departure``,
@@ -101,13 +59,26 @@ class Environment(DiscEnvironment):
             ``zenith_departure_mean``, and in line of sight ``rician_db``.
     """
 
-    def __init__(self, config: CellConfig, index: int, seed: int, *, los: bool | None = None, paths: int | None = None):
+    def __init__(
+        self,
+        config: CellConfig,
+        index: int,
+        seed: int,
+        *,
+        los: bool | None = None,
+        paths: int | None = None,
+        scenario: str = "umi",
+    ):
         super().__init__(config, index, seed, los=los)
+        tables = check_scenario(scenario)
         least = 2 if self.los else 1  # one of them scattered
         if paths is not None and paths < least:
             raise ValueError(f"paths: expected at least {least}, got {paths}")
         self._scattered_paths = None if paths is None else paths - self.los
-        self._statistics = umi_statistics(config.carrier, self.los)
+        self._statistics = tables.statistics(config.carrier, self.los)
+        self._zenith_departure = tables.zenith_departure(
+            config.carrier, self.los, self._distance, config.bs_height, config.ue_height
+        )
         self.spreads = self._draw_spreads(self._rng)
         self.ray_sets = [self._draw_rays(self._rng) for _ in range(config.patches)]
         self.patch_centres = self._draw_disc(self._rng, config.patches)
@@ -120,17 +91,13 @@ class Environment(DiscEnvironment):
             [[1, c[0], c[1], c[3]], [c[0], 1, c[2], c[4]], [c[1], c[2], 1, c[5]], [c[3], c[4], c[5], 1]]
         )
         normal = np.linalg.cholesky(correlation) @ rng.standard_normal(4)
-        distance = float(np.hypot(*self.centre[:2]))
-        if self.los:
-            zenith_departure = max(-0.21, -14.8 * distance / 1000 + 0.01 * abs(self._drop) + 0.83)
-        else:
-            zenith_departure = max(-0.5, -3.1 * distance / 1000 + 0.01 * max(self._drop, 0.0) + 0.2)
+        zenith_mean, zenith_deviation = self._zenith_departure.spread
         spread = {
             "delay": 10 ** (s.delay_spread[0] + s.delay_spread[1] * normal[0]),
             "azimuth_departure": min(104.0, 10 ** (s.azimuth_departure[0] + s.azimuth_departure[1] * normal[1])),
             "azimuth_arrival": min(104.0, 10 ** (s.azimuth_arrival[0] + s.azimuth_arrival[1] * normal[2])),
-            "zenith_departure": min(52.0, 10 ** (zenith_departure + 0.35 * rng.standard_normal())),
-            "zenith_departure_mean": 10**zenith_departure,
+            "zenith_departure": min(52.0, 10 ** (zenith_mean + zenith_deviation * rng.standard_normal())),
+            "zenith_departure_mean": 10**zenith_mean,
             "zenith_arrival": min(52.0, 10 ** (s.zenith_arrival[0] + s.zenith_arrival[1] * rng.standard_normal())),
         }
         if s.rician_db is not None:
@@ -138,8 +105,9 @@ class Environment(DiscEnvironment):
         return spread
 
     @property
-    def _drop(self) -> float:
-        return self.config.ue_height - self.config.bs_height
+    def _distance(self) -> float:
+        """Of the disc's centre from the BS, horizontal."""
+        return float(np.hypot(*self.centre[:2]))
 
     def _draw_clusters(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Clusters by delay (steps 5 and 6), each ``[cluster]``.
@@ -178,8 +146,7 @@ class Environment(DiscEnvironment):
         )
         zenith_arrival = self._zeniths(rng, ranking, spread["zenith_arrival"], s.cluster_zenith_arrival)
         azimuth, zenith = self._direct_angles()
-        if not self.los:
-            zenith_departure -= 10 ** (-1.5 * math.log10(max(10.0, float(np.hypot(*self.centre[:2])))) + 3.3)
+        zenith_departure += self._zenith_departure.offset
         departure = unit_vectors(azimuth + np.deg2rad(azimuth_departure), zenith + np.deg2rad(zenith_departure))
         # Seen from the UE the BS lies in the opposite direction.
         arrival = unit_vectors(

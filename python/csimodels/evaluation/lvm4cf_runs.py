@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib
 import json
 import time
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import torch
 
+from csimodels.channels.codebook_data import CODEBOOK_SETS, codebook_channels
 from csimodels.evaluation.codebook_rate import codebook_sum_rate
 from csimodels.evaluation.metrics import codeword_cosine
 from csimodels.evaluation.task_rows import Row
@@ -48,8 +48,10 @@ class ChannelSet:
     test: int
 
     def key(self) -> str:
-        """Identifies the samples."""
-        return _digest(self)[:16]
+        """Identifies the samples: counts, and how the set is defined now."""
+        # A set that there is not has no definition, and drawing it is refused.
+        defined = CODEBOOK_SETS[self.name].describe() if self.name in CODEBOOK_SETS else None
+        return _digest([self, defined])[:16]
 
     def load(self, folder: Path) -> dict[str, torch.Tensor]:
         """All splits, complex64 ``[samples, D]``, kept in ``folder`` for the next time."""
@@ -62,7 +64,7 @@ class ChannelSet:
 
 def draw_channels(name: str, split: str, count: int) -> torch.Tensor:
     """Complex64 ``[count, D]`` of a named set."""
-    return importlib.import_module("csimodels.channels.codebook_data").codebook_channels(name, split, count)
+    return codebook_channels(name, split, count)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,11 +113,11 @@ class CodebookTask:
 
     def key(self) -> str:
         """Identifies the outcome: everything that determines it but the folder."""
-        return _digest([self._made_of(), self.label, self.test, self.snrs_db])[:16]
+        return _digest([self._made_of(), self.label, self.test.key(), self.snrs_db])[:16]
 
     def _made_of(self) -> list[Any]:
         described = None if self.training is None else self.training.described()
-        return [self.method, self.bits, self.ports, self.channels, described]
+        return [self.method, self.bits, self.ports, self.channels.key(), described]
 
 
 def _digest(value: Any) -> str:
