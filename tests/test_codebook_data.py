@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from command_line import refuse, succeed
 
 from csimodels.channels.codebook_data import (
     CODEBOOK_SETS,
@@ -17,6 +18,7 @@ from csimodels.channels.codebook_data import (
 )
 from csimodels.channels.disc import CellConfig
 from csimodels.channels.environment import Environment
+from csimodels.channels.hdf5 import ChannelReader
 from csimodels.channels.raytracing import SPLITS
 from csimodels.channels.scenarios import SCENARIOS, rma_statistics, uma_statistics
 from csimodels.evaluation import lvm4cf_runs
@@ -366,3 +368,15 @@ def test_sionna_draws_the_rays():
 def test_bad_input_is_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_a_set_is_written_from_the_command_line(tmp_path):
+    path = tmp_path / "ports.h5"
+    out = succeed("generate", path, "--channels", "codebook:uma_28ghz_site", "--samples", 12, "--split", "train")
+    assert f"wrote 12 samples of codebook:uma_28ghz_site (train) to {path}" in out
+    with ChannelReader(path) as reader:
+        assert (reader.antennas, reader.subcarriers) == (128, 1)
+        assert torch.equal(reader.read()[:, :, 0], codebook_channels("uma_28ghz_site", "train", 12))
+    message = refuse("generate", tmp_path / "no.h5", "--channels", "codebook:moon")
+    assert "name: expected one of uma_28ghz_site" in message
+    assert not (tmp_path / "no.h5").exists()

@@ -92,7 +92,9 @@ def generate(
         str | None,
         typer.Option(
             help="instead of environments: LLMCsiNet's set indoor_los, outdoor_nlos, uma_28ghz (needs the extra "
-            "sionna) or raytraced (needs the extra raytracing), with its 1,024 subcarriers"
+            "sionna) or raytraced (needs the extra raytracing), with its 1,024 subcarriers; or LVM4CF's set "
+            "codebook:uma_28ghz_site, codebook:uma_28ghz, codebook:rma_28ghz, codebook:uma_3.5ghz or "
+            "codebook:rma_3.5ghz, with 128 ports and one subcarrier"
         ),
     ] = None,
     split: Annotated[str, typer.Option(help="of --channels: train, validation or test")] = "test",
@@ -123,13 +125,18 @@ def generate(
 
 def _generate_set(out: Path, name: str, split: str, samples: int) -> None:
     from csimodels.channels.angle_delay_sets import angle_delay_preset
+    from csimodels.channels.codebook_data import codebook_set
 
-    chosen = angle_delay_preset(name)
-    reason = chosen.unavailable()
-    if reason is not None:
-        raise ValueError(f"channels: {name}: {reason}")
-    with progress("generating") as update:
-        chosen.write(out, split, samples, progress=update)
+    family, separator, rest = name.partition(":")
+    if separator and family == "codebook":
+        codebook_set(rest).write(out, split, samples)
+    else:
+        chosen = angle_delay_preset(name)
+        reason = chosen.unavailable()
+        if reason is not None:
+            raise ValueError(f"channels: {name}: {reason}")
+        with progress("generating") as update:
+            chosen.write(out, split, samples, progress=update)
     console.print(f"wrote {samples} samples of {name} ({split}) to {out}", soft_wrap=True)
 
 

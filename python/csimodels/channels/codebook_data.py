@@ -31,12 +31,14 @@ import dataclasses
 import functools
 import importlib.util
 import math
+import os
 from typing import Any
 
 import numpy as np
 import torch
 
 from csimodels.channels.disc import CellConfig, DiscEnvironment, RaySet
+from csimodels.channels.hdf5 import write_channels
 from csimodels.channels.presets import GENERATORS, make_environment
 from csimodels.channels.rays import AntennaArray, Rays, SubcarrierGrid, phasor, synthesize
 from csimodels.channels.raytracing import SPLITS
@@ -123,6 +125,23 @@ class CodebookSet:
             h[order[done : done + positions]] = channels
             done += positions
         return h
+
+    def write(self, path: str | os.PathLike, split: str, count: int, *, draw: int = 0) -> None:
+        """Write :meth:`sample` to a channel file of the project (:mod:`csimodels.channels.hdf5`), one subcarrier each.
+
+        Args:
+            path: of the file, which appears when it is complete.
+            split, count, draw: as for :meth:`sample`.
+
+        Raises:
+            ValueError, ModuleNotFoundError: as :meth:`sample`. OSError: the file could not be written; an old one
+                stays.
+        """
+        h = self.sample(split, count, draw=draw)  # what is refused is refused before a file is begun
+        parameters = {"split": split, "count": count, **self.describe()}
+        described: dict[str, Any] = {"generator": "codebook set", "parameters": parameters, "seed": draw}
+        with write_channels(path, antennas=h.shape[1], subcarriers=1, **described) as writer:
+            writer.append(h[:, :, None], environment=0, los=False)
 
     def place(self, site: int, disc: int) -> DualPolarisedDisc:
         """Disc number ``disc`` of site number ``site``, both from 0."""
