@@ -114,14 +114,16 @@ def test_fig5_compares_all_methods_on_all_channels_at_all_ratios(tiny, folder):
     rows, report = run_experiment("llmcsinet-fig5", folder)
     cells = table(report)
     assert cells["method"] == [f"{channels}, 1/{ratio}" for channels in SIZES.channels for ratio in (8, 64)]
-    assert list(cells)[1:] == METHODS
-    for label in METHODS:
+    assert list(cells)[1:] == [*METHODS, "LLMCsiNet-S, largest of image"]
+    for label in list(cells)[1:]:
         expected = [
             mean(rows, "nmse_db", label=label, channels=channels, compression=ratio)
             for channels in SIZES.channels
             for ratio in (8, 64)
         ]
         assert cells[label] == [f"{value:.3f}" for value in expected]
+    (ranked,) = {task.training.config.selection for task in tiny.tasks if task.label == "LLMCsiNet-S, largest of image"}
+    assert ranked == "image"
     sizes = table(report, 1)
     assert sizes["CRNet"][:2] == ["1024", "128"]  # float32 values of 2048/8 and 2048/64
     assert sizes["IdasNet"][:2] == sizes["LLMCsiNet-S"][:2]

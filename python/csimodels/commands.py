@@ -114,7 +114,7 @@ def generate(
                 raise ValueError("channels: expected no --environments, --generator, --seed or --patches beside it")
             _generate_set(out, channels, split, samples)
             return
-        indices = _parse_indices(environments or "101-110")
+        indices = _parse_indices("101-110" if environments is None else environments)
         with progress("generating") as update:
             generate_dataset(
                 out, CellConfig(patches=patches), seed, indices, samples, generator=generator, progress=update
