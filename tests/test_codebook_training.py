@@ -9,6 +9,7 @@ import math
 import pytest
 import torch
 from tiny_codebook import FC, LLAMA, codebook, data, four_discs, site, training
+from tiny_runs import KillAt, KilledError
 
 from csimodels.channels.rays import AntennaArray
 from csimodels.evaluation.metrics import codeword_cosine
@@ -188,26 +189,16 @@ def test_every_interval_starts_from_weights_of_its_own():
 # Killed, finished, other ----------------------------------------------------------------------------------------------
 
 
-class KilledError(Exception):
-    pass
-
-
 @pytest.mark.parametrize("deployment", ["single_side", "dual_side"])
 @pytest.mark.parametrize("kill_at", [5, 10, 14])
 def test_a_killed_training_ends_with_the_codebook_of_an_unbroken_one(tmp_path, accelerator, deployment, kill_at):
     task = training(deployment=deployment, update_interval=2)  # 16 steps
     whole = enhance(task, tmp_path / "whole", accelerator)
-    steps = []
-
-    def step(number, total, loss):
-        steps.append(number)
-        if len(steps) == kill_at:
-            raise KilledError
-
+    step = KillAt(kill_at)
     with pytest.raises(KilledError):
         enhance(task, tmp_path / "broken", accelerator, on_step=step)
     again = enhance(task, tmp_path / "broken", accelerator, on_step=step)
-    assert len(steps) < 16 + kill_at  # the finished part was not repeated
+    assert step.steps < 16 + kill_at  # the finished part was not repeated
     assert torch.equal(again.book.words, whole.book.words)
     assert (again.validation, without_times(again)) == (whole.validation, without_times(whole))
 

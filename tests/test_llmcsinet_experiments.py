@@ -11,6 +11,7 @@ import pytest
 import torch
 from command_line import succeed
 from matplotlib import image
+from tiny_runs import remembering
 
 from csimodels.evaluation import llmcsinet_runs, llmcsinet_settings
 from csimodels.evaluation.experiments import EXPERIMENTS
@@ -53,12 +54,7 @@ def finished():
 def tiny(folder, finished, monkeypatch):
     """Runs experiments at tiny settings; the tasks that they asked for are in ``tiny.tasks``."""
 
-    def run(tasks):
-        settings.tasks += tasks
-        for task in tasks:
-            if task.key() not in finished:
-                finished[task.key()] = run_task(task)
-        return [row for task in tasks for row in finished[task.key()]]
+    run, asked = remembering(run_task, finished)
 
     def settings(context):
         return Settings(
@@ -74,7 +70,7 @@ def tiny(folder, finished, monkeypatch):
             repeats=2,
         )
 
-    settings.tasks = []
+    settings.tasks = asked
     monkeypatch.setattr(llmcsinet_settings, "settings", settings)
     return settings
 

@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 from tiny_feedback import CONFIG, data, images, stage, training
+from tiny_runs import KillAt, KilledError
 
 from csimodels.evaluation.metrics import nmse_db
 from csimodels.files import load_tensors
@@ -70,25 +71,15 @@ def test_frozen_the_first_modules_keep_weights_and_statistics(tmp_path, accelera
     assert not same(parts(only_first)[1], parts(network)[1])
 
 
-class KilledError(Exception):
-    pass
-
-
 @pytest.mark.parametrize("kill_at", [5, 13], ids=["in stage 1", "in stage 2"])
 def test_a_killed_training_ends_with_the_weights_of_an_unbroken_one(tmp_path, accelerator, kill_at):
     task = training(lengths=(8, 32))
     whole, best = trained(task, tmp_path / "whole", accelerator)
-    steps = []
-
-    def step(number, total, loss):
-        steps.append(number)
-        if len(steps) == kill_at:
-            raise KilledError
-
+    step = KillAt(kill_at)
     with pytest.raises(KilledError):
         trained(task, tmp_path / "broken", accelerator, on_step=step)
     network, again = trained(task, tmp_path / "broken", accelerator, on_step=step)
-    assert len(steps) < 16 + kill_at  # the finished part was not repeated
+    assert step.steps < 16 + kill_at  # the finished part was not repeated
     assert again == best
     assert same(network.state_dict(), whole.state_dict())
 

@@ -11,6 +11,7 @@ import torch
 from command_line import succeed
 from matplotlib import image
 from tiny_codebook import FC, LLAMA, site
+from tiny_runs import remembering
 
 from csimodels.evaluation import lvm4cf_runs, lvm4cf_settings
 from csimodels.evaluation.codebook_rate import codebook_sum_rate
@@ -70,17 +71,12 @@ def finished():
 def tiny(folder, finished, monkeypatch):
     """Runs experiments at tiny settings; the tasks that they asked for are in ``tiny.tasks``."""
 
-    def run(tasks):
-        tiny_settings.tasks += tasks
-        for task in tasks:
-            if task.key() not in finished:
-                finished[task.key()] = run_task(task)
-        return [row for task in tasks for row in finished[task.key()]]
+    run, asked = remembering(run_task, finished)
 
     def tiny_settings(context):
         return Settings(SIZES, SIZES, folder / "checkpoints", run, snrs_db=(0, 20), repeats=2)
 
-    tiny_settings.tasks = []
+    tiny_settings.tasks = asked
     monkeypatch.setattr(lvm4cf_settings, "settings", tiny_settings)
     monkeypatch.setattr(lvm4cf_runs, "draw_channels", channels)
     return tiny_settings

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -14,6 +15,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+
+from csimodels import __version__
 
 
 @contextlib.contextmanager
@@ -81,6 +84,38 @@ def load_metadata(path: str | os.PathLike) -> dict[str, Any]:
         return metadata
 
 
+def load_format(path: str | os.PathLike, form: str, what: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """:func:`load_tensors` of a file whose metadata has the ``format`` ``form``, that of ``what`` ("a codebook").
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`load_tensors`, or it is of another format.
+    """
+    tensors, metadata = load_tensors(path)
+    if metadata.get("format") != form:
+        raise ValueError(f"{path}: not {what} (its metadata has no format {form!r})")
+    return tensors, metadata
+
+
+@contextlib.contextmanager
+def known(path: str | os.PathLike, metadata: Mapping[str, Any], what: str = "configuration") -> Iterator[None]:
+    """While ``metadata`` are read: what they lack or have besides is a ``ValueError`` that names both versions."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path}: written by csimodels {metadata.get('version')}, {__version__} does not know its {what} ({error})"
+        ) from None
+
+
+@contextlib.contextmanager
+def fitting(path: str | os.PathLike) -> Iterator[None]:
+    """While a file's weights are taken over: those that do not fit its own configuration are a ``ValueError``."""
+    try:
+        yield
+    except (RuntimeError, KeyError) as error:
+        raise ValueError(f"{path}: its weights do not fit its own configuration: {error}") from None
+
+
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
     """A safetensors file of this project and its metadata."""
@@ -91,6 +126,11 @@ def _opened(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
             yield file, {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
     except (SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: not a readable safetensors file of csimodels ({error})") from None
+
+
+def json_digest(value: Any) -> str:
+    """SHA-256 of a JSON-serialisable value (dataclasses included), hexadecimal: identifies what determines a run."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=dataclasses.asdict).encode()).hexdigest()
 
 
 def digest(path: str | os.PathLike) -> str:

@@ -13,13 +13,13 @@ import itertools
 import math
 import os
 from collections.abc import Callable, Iterator
-from typing import Any, cast
+from typing import Any
 
 import torch
 
 from csimodels.channels import raytracing
 from csimodels.channels.angle_delay import DELAYS, SHIFT, angle_delay, check_cut, to_image
-from csimodels.channels.disc import CellConfig, DiscEnvironment
+from csimodels.channels.disc import CellConfig, DiscEnvironment, plain_fields
 from csimodels.channels.hdf5 import write_channels
 from csimodels.channels.presets import make_environment
 from csimodels.channels.rays import (
@@ -70,8 +70,7 @@ class AngleDelaySet(abc.ABC):
 
     def definition(self) -> dict[str, Any]:
         """All fields, JSON-serialisable: with a split, a count and a draw, they determine the samples."""
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(cast(Any, self))}
-        return {name: _plain(value) for name, value in fields.items()}
+        return plain_fields(self)
 
     def sample(self, split: str, count: int, *, draw: int = 0) -> torch.Tensor:
         """Samples of one split; a function of the arguments alone.
@@ -152,17 +151,6 @@ class AngleDelaySet(abc.ABC):
     @property
     def _travel(self) -> float:
         return self.speed_kmh / 3.6 * self.elapsed
-
-
-def _plain(value: Any) -> Any:
-    """A field as JSON has it."""
-    if isinstance(value, CellConfig):
-        return value.to_dict()
-    if isinstance(value, AntennaArray):
-        return value.positions.tolist()
-    if isinstance(value, range):
-        return [value.start, value.stop, value.step]
-    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
 
 
 @dataclasses.dataclass(frozen=True)

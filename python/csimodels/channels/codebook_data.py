@@ -37,7 +37,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from csimodels.channels.disc import CellConfig, DiscEnvironment, RaySet
+from csimodels.channels.disc import CellConfig, DiscEnvironment, RaySet, plain_fields
 from csimodels.channels.hdf5 import write_channels
 from csimodels.channels.presets import GENERATORS, make_environment
 from csimodels.channels.rays import AntennaArray, Rays, SubcarrierGrid, phasor, synthesize
@@ -93,9 +93,7 @@ class CodebookSet:
     def describe(self) -> dict[str, Any]:
         """What determines the channels, JSON-serialisable: the fields, and the built-in generator's statistics."""
         statistics = dataclasses.asdict(self._statistics) if self.generator == "builtin" else None
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        sites = [self.sites.start, self.sites.stop, self.sites.step]
-        return fields | {"cell": self.cell.to_dict(), "sites": sites, "statistics": statistics}
+        return plain_fields(self) | {"statistics": statistics}
 
     def sample(self, split: str, count: int, *, draw: int = 0) -> torch.Tensor:
         """Channels of one split; a function of the arguments alone, on one version of torch.

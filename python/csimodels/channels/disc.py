@@ -72,6 +72,21 @@ class CellConfig:
         return cls(**(values | {"array": array, "grid": SubcarrierGrid(**values["grid"])}))
 
 
+def plain_fields(instance: Any) -> dict[str, Any]:
+    """The fields of a set of channels, a dataclass, JSON-serialisable: what its name stands for."""
+    return {field.name: _plain(getattr(instance, field.name)) for field in dataclasses.fields(instance)}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, CellConfig):
+        return value.to_dict()
+    if isinstance(value, AntennaArray):
+        return value.positions.tolist()
+    if isinstance(value, range):
+        return [value.start, value.stop, value.step]
+    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
+
+
 def unit_vectors(azimuth: np.ndarray, zenith: np.ndarray) -> np.ndarray:
     """Unit vectors ``[..., 3]`` from azimuth and zenith in radians."""
     return np.stack(

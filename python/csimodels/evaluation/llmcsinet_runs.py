@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from pathlib import Path
 from typing import Any, cast
@@ -15,6 +14,7 @@ from csimodels.channels.angle_delay import noisy, to_frequency
 from csimodels.evaluation.metrics import nmse_db, sgcs, user_rates
 from csimodels.evaluation.precoding import zf
 from csimodels.evaluation.task_rows import Row
+from csimodels.files import json_digest
 from csimodels.models.channel_transformer import device_of
 from csimodels.models.llmcsinet import Codeword, LlmCsiNet
 from csimodels.models.payload import PayloadFormat, quantized, relative_values
@@ -59,7 +59,7 @@ class FeedbackTask:
     def run_dir(self) -> Path:
         """Folder of the checkpoint; the same for every task that trains the same network on the same channels."""
         name = f"{self.training.model}-{self.channels.name}-{self.compression}"
-        key = _digest([self.training.described(), self.channels.described()])[:12]
+        key = json_digest([self.training.described(), self.channels.described()])[:12]
         return Path(self.folder) / "llmcsinet" / f"{name}-{key}"
 
     def checkpoint(self) -> Path:
@@ -71,11 +71,7 @@ class FeedbackTask:
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         del fields["folder"]
         sets = {"channels": self.channels.described(), "tests": [channels.described() for channels in self.tests]}
-        return _digest({**fields, **sets, "training": self.training.described()})[:16]
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+        return json_digest({**fields, **sets, "training": self.training.described()})[:16]
 
 
 def run_task(task: FeedbackTask) -> list[Row]:

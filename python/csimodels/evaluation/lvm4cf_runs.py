@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ from csimodels.channels.codebook_data import CODEBOOK_SETS, codebook_channels
 from csimodels.evaluation.codebook_rate import codebook_sum_rate
 from csimodels.evaluation.metrics import codeword_cosine
 from csimodels.evaluation.task_rows import Row
-from csimodels.files import load_tensors, save_tensors
+from csimodels.files import json_digest, load_tensors, save_tensors
 from csimodels.models.codebook_deployment import CodebookDeployment
 from csimodels.models.codebook_file import FeedbackCodebook, load_codebook, save_codebook
 from csimodels.models.codebooks import PortLayout, dft_codebook, dft_oversampling, rvq_codebook
@@ -51,7 +49,7 @@ class ChannelSet:
         """Identifies the samples: counts, and how the set is defined now."""
         # A set that there is not has no definition, and drawing it is refused.
         defined = CODEBOOK_SETS[self.name].describe() if self.name in CODEBOOK_SETS else None
-        return _digest([self, defined])[:16]
+        return json_digest([self, defined])[:16]
 
     def load(self, folder: Path) -> dict[str, torch.Tensor]:
         """All splits, complex64 ``[samples, D]``, kept in ``folder`` for the next time."""
@@ -109,19 +107,15 @@ class CodebookTask:
     def run_dir(self) -> Path:
         """Folder of the codebook; the same for every task that makes the same one for the same channels."""
         name = f"{self.method}-{self.deployment}-{self.channels.name}-{self.bits}"
-        return Path(self.folder) / "lvm4cf" / f"{name}-{_digest(self._made_of())[:12]}"
+        return Path(self.folder) / "lvm4cf" / f"{name}-{json_digest(self._made_of())[:12]}"
 
     def key(self) -> str:
         """Identifies the outcome: everything that determines it but the folder."""
-        return _digest([self._made_of(), self.label, self.test.key(), self.snrs_db])[:16]
+        return json_digest([self._made_of(), self.label, self.test.key(), self.snrs_db])[:16]
 
     def _made_of(self) -> list[Any]:
         described = None if self.training is None else self.training.described()
         return [self.method, self.bits, self.ports, self.channels.key(), described]
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=dataclasses.asdict).encode()).hexdigest()
 
 
 def run_task(task: CodebookTask) -> list[Row]:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from csimodels import __version__
-from csimodels.files import load_tensors, save_tensors
+from csimodels.files import known, load_format, save_tensors
 from csimodels.models.codebooks import PortLayout, check_bits
 
 DEPLOYMENTS = ("SS", "DS")
@@ -182,19 +182,12 @@ def load_codebook(path: str | os.PathLike, *, ports: PortLayout | None = None) -
         ValueError: no codebook file, a damaged one, one of another port layout (both are named), or words that
             :class:`FeedbackCodebook` refuses.
     """
-    tensors, metadata = load_tensors(path)
-    if metadata.get("format") != _FORMAT:
-        raise ValueError(f"{path}: not a codebook (its metadata has no format {_FORMAT!r})")
-    try:
+    tensors, metadata = load_format(path, _FORMAT, "a codebook")
+    with known(path, metadata, "description"):
         layout, stored = PortLayout(**metadata["ports"]), tensors["words"]
         fields = {name: metadata[name] for name in ("kind", "deployment", "ue_digest", "source")}
         environments, expected = tuple(metadata["environments"]), tuple(metadata["digests"])
         sizes = metadata["bits"], metadata["dimension"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{path}: written by csimodels {metadata.get('version')}, {__version__} does not know its description "
-            f"({error})"
-        ) from None
     if ports is not None and layout != ports:
         raise ValueError(f"{path}: expected a codebook for {ports}, got one for {layout}")
     if stored.dtype != torch.float32 or stored.dim() not in (3, 4) or stored.shape[-1] != 2:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from csimodels import __version__
-from csimodels.files import load_tensors, save_tensors
+from csimodels.files import fitting, known, load_format, save_tensors
 from csimodels.models.channel_transformer import ChannelTransformer, TransformerConfig
 from csimodels.models.projection import CodecConfig
 
@@ -49,29 +49,20 @@ def load_checkpoint(
         FileNotFoundError: no such file.
         ValueError: not a checkpoint of this package, or of another architecture or codec; the message names both.
     """
-    tensors, metadata = load_tensors(path)
-    if metadata.get("format") != _FORMAT:
-        raise ValueError(f"{path}: not a csimodels checkpoint (its metadata has no format {_FORMAT!r})")
+    tensors, metadata = load_format(path, _FORMAT, "a csimodels checkpoint")
     if metadata.get("architecture") != ChannelTransformer.__name__:
         raise ValueError(
             f"{path}: expected architecture ChannelTransformer, the file holds {metadata.get('architecture')}"
         )
-    try:
+    with known(path, metadata):
         config, stored_codec = TransformerConfig(**metadata["config"]), CodecConfig(**metadata["codec"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{path}: written by csimodels {metadata.get('version')}, {__version__} does not know its configuration "
-            f"({error})"
-        ) from None
     if expected is not None and config != expected:
         raise ValueError(f"{path}: expected architecture {expected}, the file holds {config}")
     if codec is not None and stored_codec != codec:
         raise ValueError(f"{path}: expected a model for {codec}, the file was trained for {stored_codec}")
     model = ChannelTransformer(config)
-    try:
+    with fitting(path):
         model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
-    except RuntimeError as error:
-        raise ValueError(f"{path}: its weights do not fit its own configuration: {error}") from None
     return model.eval(), stored_codec, metadata.get("extra", {})
 
 

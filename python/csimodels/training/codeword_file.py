@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from csimodels import __version__
-from csimodels.files import load_tensors, save_tensors
+from csimodels.files import fitting, known, load_format, save_tensors
 from csimodels.models.codeword_baselines import build_network, config_of, describe
 from csimodels.models.codeword_network import CodewordNetwork
 
@@ -31,20 +31,10 @@ def load_network(path: str | os.PathLike) -> tuple[CodewordNetwork, dict[str, An
         ValueError: not a codeword network, or one that is not whole.
         ImportError: LVM4CF's backbone needs the extra ``llm``.
     """
-    tensors, metadata = load_tensors(path)
-    if metadata.get("format") != _FORMAT:
-        raise ValueError(f"{path}: not a codeword network (its metadata has no format {_FORMAT!r})")
-    try:
-        # The weights follow; the generator of whoever loads a file is none of its business.
-        with torch.random.fork_rng(devices=[]):
-            network = build_network(config_of(metadata["config"]), pretrained=False)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{path}: written by csimodels {metadata.get('version')}, {__version__} does not know its configuration "
-            f"({error})"
-        ) from None
-    try:
+    tensors, metadata = load_format(path, _FORMAT, "a codeword network")
+    # The weights follow; the generator of whoever loads a file is none of its business.
+    with known(path, metadata), torch.random.fork_rng(devices=[]):
+        network = build_network(config_of(metadata["config"]), pretrained=False)
+    with fitting(path):
         network.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise ValueError(f"{path}: its weights do not fit its own configuration: {error}") from None
     return network.eval(), metadata

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from csimodels import __version__
-from csimodels.files import load_tensors, save_tensors
+from csimodels.files import fitting, known, load_format, save_tensors
 from csimodels.models.baselines import BASELINES
 from csimodels.models.llmcsinet import LlmCsiNet, LlmCsiNetConfig
 
@@ -57,20 +57,11 @@ def load_feedback(path: str | os.PathLike) -> tuple[nn.Module, dict[str, Any]]:
         ValueError: not a feedback network, or one that is not whole.
         ImportError: LLMCsiNet's backbone needs the extra ``llm``.
     """
-    tensors, metadata = load_tensors(path)
-    if metadata.get("format") != _FORMAT:
-        raise ValueError(f"{path}: not a feedback network (its metadata has no format {_FORMAT!r})")
-    try:
+    tensors, metadata = load_format(path, _FORMAT, "a feedback network")
+    with known(path, metadata):
         network = _build(metadata)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{path}: written by csimodels {metadata.get('version')}, {__version__} does not know its configuration "
-            f"({error})"
-        ) from None
-    try:
+    with fitting(path):
         network.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise ValueError(f"{path}: its weights do not fit its own configuration: {error}") from None
     return network.eval(), metadata
 
 

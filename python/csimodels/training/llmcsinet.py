@@ -215,7 +215,8 @@ def train_feedback(
         network = cast(_Reconstruction, accelerator.unwrap_model(trainer.model)).network
     network = network.cpu().eval()
     if training.model in CLASSICAL:
-        _fit_classical(network, data.train)
+        if isinstance(network, PrincipalComponents):
+            network.fit(data.train)
         best = validation_nmse_db(network, data.validation)
     else:
         network.requires_grad_(True)
@@ -229,11 +230,6 @@ def train_feedback(
             (run_dir / f"stage{number}" / STATE).unlink(missing_ok=True)
     accelerator.wait_for_everyone()
     return network, best
-
-
-def _fit_classical(network: nn.Module, h: torch.Tensor) -> None:
-    if isinstance(network, PrincipalComponents):
-        network.fit(h)
 
 
 @torch.inference_mode()

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +14,7 @@ import torch
 from csimodels.channels.angle_delay_sets import ANGLE_DELAY_SETS, angle_delay_preset
 from csimodels.channels.channel_files import ChannelFiles, find_files
 from csimodels.channels.raytracing import SPLITS
-from csimodels.files import load_tensors, save_tensors
+from csimodels.files import json_digest, load_tensors, save_tensors
 from csimodels.models.backbone import BackboneConfig
 from csimodels.models.baselines import CLASSICAL
 from csimodels.models.llmcsinet import PAPER_CODEWORD_VALUES, VARIANTS, LlmCsiNetConfig
@@ -71,12 +69,11 @@ class Channels:
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "files"}
         if self.files is not None:
             return {**fields, "files": self.files.described()}
-        definition = json.dumps(angle_delay_preset(self.name).definition(), sort_keys=True)
-        return {**fields, "definition": hashlib.sha256(definition.encode()).hexdigest()[:16]}
+        return {**fields, "definition": json_digest(angle_delay_preset(self.name).definition())[:16]}
 
     def key(self) -> str:
         """Identifies the samples."""
-        return hashlib.sha256(json.dumps(self.described(), sort_keys=True).encode()).hexdigest()[:16]
+        return json_digest(self.described())[:16]
 
     def draw(self) -> dict[str, torch.Tensor]:
         """All splits, float32 ``[samples, 2, delays, antennas]`` of energy ``delays * antennas``."""

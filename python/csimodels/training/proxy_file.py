@@ -8,7 +8,7 @@ from typing import Any
 
 from csimodels import __version__
 from csimodels.evaluation.lmmse import LinearMmse
-from csimodels.files import load_tensors, save_tensors
+from csimodels.files import fitting, known, load_format, save_tensors
 from csimodels.models.channel_transformer import ChannelTransformer, TransformerConfig
 from csimodels.models.lasco import Proxy, ProxyConfig
 from csimodels.models.projection import CodecConfig
@@ -49,24 +49,15 @@ def load_proxy(path: str | os.PathLike, *, codec: CodecConfig) -> tuple[Proxy, L
         ValueError: not a proxy file, one that is not whole, or made for another codec than ``codec``; the message names
             both.
     """
-    tensors, metadata = load_tensors(path)
-    if metadata.get("format") != _FORMAT:
-        raise ValueError(f"{path}: not an adapted proxy (its metadata has no format {_FORMAT!r})")
-    try:
+    tensors, metadata = load_format(path, _FORMAT, "an adapted proxy")
+    with known(path, metadata):
         stored, config = CodecConfig(**metadata["codec"]), ProxyConfig(**metadata["proxy"])
         architecture, rank = TransformerConfig(**metadata["config"]), metadata["rank"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{path}: written by csimodels {metadata.get('version')}, {__version__} does not know its configuration "
-            f"({error})"
-        ) from None
     if stored != codec:
         raise ValueError(f"{path}: adapted for {stored}, the base model is for {codec}")
     proxy = Proxy(config, ChannelTransformer(architecture))
-    try:
+    with fitting(path):
         proxy.load_state_dict({n.removeprefix("proxy."): t for n, t in tensors.items() if n.startswith("proxy.")})
         estimator = None if rank is None else {name: tensors[f"lmmse.{name}"] for name in _ESTIMATOR}
-    except (RuntimeError, KeyError) as error:
-        raise ValueError(f"{path}: its weights do not fit its own configuration: {error}") from None
     lmmse = None if estimator is None else LinearMmse(rank=rank, **estimator)
     return proxy.eval(), lmmse, metadata.get("extra", {})
