@@ -21,7 +21,7 @@ from csimodels.evaluation.lvm4cf_settings import Settings
 from csimodels.evaluation.outcome import Context
 from csimodels.evaluation.task_rows import mean, run_tasks, select
 from csimodels.models.codebook_file import load_codebook
-from csimodels.models.codebooks import PortLayout, rvq_codebook
+from csimodels.models.codebooks import PortLayout, rvq_codebook, type1_codebook
 from csimodels.models.codeword_baselines import count_parameters
 from csimodels.training.lvm4cf_presets import LABELS, codebook_preset
 
@@ -42,7 +42,7 @@ SIZES = dataclasses.replace(
     environments=("uma", "rma"),
     ports=PortLayout(2, 2, 4),
 )
-CONVENTIONAL = ["RVQ (conventional)", "DFT (Type I at B = 12)"]
+CONVENTIONAL = ["RVQ (conventional)", "DFT"]
 DUAL = [*CONVENTIONAL, "covariance-shaped RVQ, DS", "k-lines, DS", "FC, DS", "LVM4CF, DS"]
 SINGLE = [*CONVENTIONAL, "cell eigenvectors, SS", "FC, SS", "LVM4CF, SS"]
 
@@ -166,6 +166,18 @@ def test_fig9(tiny, tmp_path):
     assert float(table["RVQ (conventional)"][1]) == pytest.approx(rvq["rate"], abs=0.01)
 
 
+def test_type1_stands_beside_the_others_at_its_number_of_bits(tmp_path, monkeypatch):
+    monkeypatch.setattr(lvm4cf_runs, "draw_channels", channels)
+    s = Settings(SIZES, SIZES, tmp_path, lambda tasks: [], ())
+    labels = {bits: [task.label for task in s.methods("dual_side", bits, s.site())] for bits in (8, 9, 10)}
+    assert [bits for bits, found in labels.items() if "Type I" in found] == [9]  # 16 x 8 beams, 4 co-phases
+    (row,) = run_task(s.classical("type1", 9, s.site()))
+    h, words = site(16, index=3, seed=2), type1_codebook(4, 2)
+    best = ((h @ words.mH).abs() / torch.linalg.vector_norm(h, dim=1, keepdim=True)).amax(1)
+    assert row["cosine"] == pytest.approx(best.mean().item(), abs=1e-5)
+    assert (row["deployment"], row["report_bits"], row["codebook_bytes"]) == ("conventional", 9, 0)
+
+
 def test_a_finished_experiment_trains_nothing_again(tiny, folder, finished, monkeypatch):
     s = tiny(Context("laptop", folder))
     first = EXPERIMENTS["lvm4cf-fig6"].run(Context("laptop", folder))
@@ -189,7 +201,7 @@ def test_real_settings_run_tasks_in_processes(tmp_path, monkeypatch):
 
 def test_tasks_that_make_no_sense_are_refused(tmp_path):
     few = ChannelSet("site", 8, 8, 8)
-    with pytest.raises(ValueError, match="method: expected network or one of rvq, dft, shaped, .*, got 'x'"):
+    with pytest.raises(ValueError, match="method: expected network or one of rvq, dft, type1, shaped, .*, got 'x'"):
         CodebookTask("x", "x", 3, SIZES.ports, few, few, str(tmp_path))
     with pytest.raises(ValueError, match="training: expected one for a network alone, got None for 'network'"):
         CodebookTask("x", "network", 3, SIZES.ports, few, few, str(tmp_path))
@@ -219,6 +231,8 @@ def test_the_presets():
     assert (dual.train.batch_size, dual.train.learning_rate, dual.train.weight_decay) == (512, 1e-3, 0)
     assert single.network.backbone.source == "Emma02/LVM_ckpts"
     assert min(paper.bits) == 6 and max(paper.bits) == 20
+    assert paper.few_bits == laptop.few_bits == (12, 20)  # Fig. 9
+    assert paper.environments == laptop.environments  # Table I: UMa and RMa, 28 and 3.5 GHz
     sizes = [count_parameters(config) for config in laptop.networks.values()]
     assert max(sizes) < 1.3 * min(sizes)
     assert list(laptop.networks) == list(paper.networks) == list(LABELS)

@@ -16,7 +16,7 @@ from csimodels.evaluation.task_rows import Row
 from csimodels.files import json_digest, load_tensors, save_tensors
 from csimodels.models.codebook_deployment import CodebookDeployment
 from csimodels.models.codebook_file import FeedbackCodebook, load_codebook, save_codebook
-from csimodels.models.codebooks import PortLayout, dft_codebook, dft_oversampling, rvq_codebook
+from csimodels.models.codebooks import PortLayout, dft_codebook, dft_oversampling, rvq_codebook, type1_codebook
 from csimodels.models.codeword_baselines import count_parameters
 from csimodels.training.codebook_training import CODEBOOK, CodebookData, CodebookTraining, enhance_codebook
 from csimodels.training.k_lines import k_lines, single_side_words
@@ -28,6 +28,7 @@ SPLITS = ("train", "validation", "test")
 CLASSICAL = {
     "rvq": "conventional",
     "dft": "conventional",
+    "type1": "conventional",
     "shaped": "dual_side",
     "k_lines": "dual_side",
     "cells": "single_side",
@@ -155,6 +156,9 @@ def deploy(task: CodebookTask, folder: Path) -> tuple[CodebookDeployment, float 
     if task.method == "dft":
         words = dft_codebook(task.ports, dft_oversampling(task.bits, task.ports))
         return CodebookDeployment.conventional(FeedbackCodebook(words, "dft", task.ports)), None
+    if task.method == "type1":
+        words = type1_codebook(task.ports.columns, task.ports.rows)
+        return CodebookDeployment.conventional(FeedbackCodebook(words, "type1", task.ports)), None
     if task.training is None:
         book = _classical(task, conventional, folder)
         seconds = book.source["seconds"]

@@ -18,7 +18,8 @@ COSINE = "cosine similarity"
 SHORT = {"conventional": "", "single_side": ", SS", "dual_side": ", DS"}
 _CLASSICAL_LABELS = {
     "rvq": "RVQ (conventional)",
-    "dft": "DFT (Type I at B = 12)",
+    "dft": "DFT",
+    "type1": "Type I",
     "shaped": "covariance-shaped RVQ",
     "k_lines": "k-lines",
     "cells": "cell eigenvectors",
@@ -63,7 +64,7 @@ class Settings:
 
     def methods(self, deployment: str, bits: int, channels: ChannelSet, **more: Any) -> list[CodebookTask]:
         """All methods of one deployment, the conventional codebooks first."""
-        conventional = ["rvq", *(["dft"] if self._has_dft(bits) else [])]
+        conventional = ["rvq", *(["dft"] if self._has_dft(bits) else []), *(["type1"] if self._is_type1(bits) else [])]
         fitted = ["cells"] if deployment == "single_side" else ["shaped"]
         if deployment == "dual_side" and 2**bits <= channels.train:  # k-lines starts from as many channels
             fitted.append("k_lines")
@@ -76,6 +77,10 @@ class Settings:
 
     def _has_dft(self, bits: int) -> bool:
         return 2**bits >= 4 * self.sizes.ports.rows * self.sizes.ports.columns
+
+    def _is_type1(self, bits: int) -> bool:
+        """Type I has one size per array: 4 x 4 beams per port and polarisation, and 4 co-phases."""
+        return 2**bits == 4 * 16 * self.sizes.ports.rows * self.sizes.ports.columns
 
 
 def settings(context: Context) -> Settings:

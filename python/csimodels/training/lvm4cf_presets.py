@@ -125,8 +125,8 @@ def codebook_preset(name: str) -> CodebookPreset:
         update_interval=6,
         batch_size=256,
         learning_rate=2e-3,
-        bits=(4, 6, 8, 10),
-        few_bits=(6, 10),
+        bits=(4, 6, 8, 10, 12),
+        few_bits=(12, 20),
         networks={
             "fc": FcConfig(),
             "transformer": TransformerCodewordConfig(width=128, heads=4, feedforward=512),
@@ -134,5 +134,5 @@ def codebook_preset(name: str) -> CodebookPreset:
             "lvm4cf": Lvm4CfConfig.laptop(),
         },
         site="uma_28ghz_site",
-        environments=("uma_28ghz", "rma_28ghz"),
+        environments=("uma_28ghz", "rma_28ghz", "uma_3.5ghz", "rma_3.5ghz"),
     )
