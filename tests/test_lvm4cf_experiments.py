@@ -37,6 +37,7 @@ SIZES = dataclasses.replace(
     learning_rate=1e-2,
     bits=(3, 5),
     few_bits=(3, 5),
+    pooled_few_bits=(5,),
     networks={"fc": FC, "lvm4cf": LLAMA},
     site="site",
     environments=("uma", "rma"),
@@ -156,6 +157,7 @@ def test_fig9(tiny, tmp_path):
     rows, report = run_experiment("lvm4cf-fig9", tmp_path)
     assert list(table_of(report, "Sum rate (bit/s/Hz) at one site, 4 users, zero forcing, SF-SS, B = 5")[1]) == SINGLE
     assert list(table_of(report, "zero forcing, MF-DS, B = 5")[1]) == DUAL
+    assert "MF-DS, B = 3" not in report
     _, table = table_of(report, "zero forcing, SF-DS, B = 5")
     assert list(table) == DUAL
     assert {row["test"] for row in rows} == {"site"}

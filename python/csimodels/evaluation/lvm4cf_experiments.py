@@ -118,14 +118,14 @@ def fig8(s: Settings) -> Outcome:
 def fig9(s: Settings) -> Outcome:
     """Sum rate of zero forcing for four users of one site against the SNR, SS and DS, at two numbers of bits."""
     frameworks = (
-        ("SF-SS", "single_side", s.site()),
-        ("SF-DS", "dual_side", s.site()),
-        ("MF-DS", "dual_side", s.environment(s.sizes.environments[0])),
+        ("SF-SS", "single_side", s.site(), s.sizes.few_bits),
+        ("SF-DS", "dual_side", s.site(), s.sizes.few_bits),
+        ("MF-DS", "dual_side", s.environment(s.sizes.environments[0]), s.sizes.pooled_few_bits),
     )
     rows: list[Row] = []
     panels, report = {}, ""
-    for title, deployment, channels in frameworks:
-        for bits in s.sizes.few_bits:
+    for title, deployment, channels, few_bits in frameworks:
+        for bits in few_bits:
             found = s.run(s.methods(deployment, bits, channels, test=s.site(), snrs_db=s.snrs_db))
             curves = against_snr(s, found)
             if channels == s.site():  # six panels would not fit beside each other

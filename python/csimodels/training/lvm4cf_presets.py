@@ -27,7 +27,7 @@ class CodebookPreset:
         pooled_samples: MSLCF's, of all sites of an environment type together.
         single_side_epochs, dual_side_epochs, update_interval: of Algorithms 1 and 2.
         batch_size, learning_rate: of every interval; the schedule is decided, the paper says "scheduler" only.
-        bits: B of the figures. few_bits: those of the figures with two.
+        bits: B of the figures. few_bits: those of the figures with two; pooled_few_bits: for codebooks of many sites.
         networks: label in :data:`LABELS` -> configuration.
         site: SSLCF's set of channels. environments: MSLCF's, one per environment type.
         ports: of the array. mixed_precision: of :class:`TrainConfig`.
@@ -43,6 +43,7 @@ class CodebookPreset:
     learning_rate: float
     bits: tuple[int, ...]
     few_bits: tuple[int, int]
+    pooled_few_bits: tuple[int, ...]
     networks: dict[str, CodewordConfig] = dataclasses.field(hash=False)
     site: str
     environments: tuple[str, ...]
@@ -106,6 +107,7 @@ def codebook_preset(name: str) -> CodebookPreset:
             learning_rate=1e-3,
             bits=(6, 8, 10, 12, 14, 16, 18, 20),
             few_bits=(12, 20),
+            pooled_few_bits=(12, 20),
             networks={
                 "fc": FcConfig(),
                 "transformer": TransformerCodewordConfig(),
@@ -127,6 +129,7 @@ def codebook_preset(name: str) -> CodebookPreset:
         learning_rate=2e-3,
         bits=(4, 6, 8, 10, 12),
         few_bits=(12, 20),
+        pooled_few_bits=(12,),
         networks={
             "fc": FcConfig(),
             "transformer": TransformerCodewordConfig(width=128, heads=4, feedforward=512),
