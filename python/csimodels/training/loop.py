@@ -93,7 +93,10 @@ def batch_order(config: TrainConfig, epoch: int, size: int) -> torch.Tensor:
 
 @dataclasses.dataclass
 class TrainResult:
-    """What a run did. ``history`` has one entry per epoch: ``epoch``, ``loss``, ``validation``, ``seconds``."""
+    """What a run did.
+
+    ``history`` has one entry per epoch: ``epoch``, ``loss``, ``validation``, ``seconds``, and what ``validate`` tells.
+    """
 
     best_validation: float
     best_epoch: int
@@ -157,7 +160,8 @@ class Trainer:
         loss: ``loss(model, batch)`` -> scalar mean over the batch. It must call ``model`` itself, not its parts, so
             that gradients are averaged over processes. Random draws in it are not repeated when a run resumes.
         validate: ``validate(model)`` -> finite float, smaller is better; called on every process after each epoch, and
-            the main process's value decides.
+            the main process's value decides. It may instead return that value and a dictionary of further floats for
+            the history.
         run_dir: where the state lies, a folder that all processes see; None keeps nothing and cannot resume.
         fingerprint: JSON-serialisable description of the run. A state of another fingerprint is refused.
         groups: AdamW parameter groups, each with an optional ``lr_scale``; default: all parameters.
@@ -174,7 +178,7 @@ class Trainer:
         config: TrainConfig,
         data: Callable[[int], Batch],
         loss: Callable[[nn.Module, Batch], torch.Tensor],
-        validate: Callable[[nn.Module], float],
+        validate: Callable[[nn.Module], float | tuple[float, dict[str, float]]],
         *,
         accelerator: Accelerator,
         run_dir: Path | None = None,
@@ -247,13 +251,14 @@ class Trainer:
                 self._save()
         state.seconds += time.monotonic() - started
         state.epoch += 1
-        validation = self._consider(epoch=state.epoch)
+        validation, more = self._consider(epoch=state.epoch)
         state.history.append(
             {
                 "epoch": state.epoch,
                 "loss": state.loss_sum / steps,
                 "validation": validation,
                 "seconds": round(state.seconds, 3),
+                **more,
             }
         )
         state.step_in_epoch, state.loss_sum = 0, 0.0
@@ -284,19 +289,20 @@ class Trainer:
             self.on_step(state.step, total, value)
         return value
 
-    def _consider(self, epoch: int) -> float:
+    def _consider(self, epoch: int) -> tuple[float, dict[str, float]]:
         """Validate; keep the weights if they are the best so far."""
         self.model.eval()
         with torch.inference_mode():
-            value = float(self.validate(self._module))
+            told = self.validate(self._module)
+        value, more = told if isinstance(told, tuple) else (told, {})
         # One value for all: processes that rounded differently could part over when to stop and wait for ever.
-        (value,) = broadcast_object_list([value])
+        (value,) = broadcast_object_list([float(value)])
         if not math.isfinite(value):
             raise FloatingPointError(f"validation became {value} after epoch {epoch}; lower the learning rate")
         if value < self._state.best_validation:
             self._state.best_validation, self._state.best_epoch = value, epoch
             self._best = {name: tensor.clone() for name, tensor in self._module.state_dict().items()}
-        return value
+        return value, more
 
     def _save(self) -> None:
         if self.run_dir is None or not self.accelerator.is_main_process:
