@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from csikernels import codebook_argmax
 from csimodels.channels.hdf5 import ChannelReader, write_channels
+from csimodels.channels.presets import split_811
 from csimodels.channels.vector_file import VectorFile
 from csimodels.evaluation.metrics import codeword_cosine
 from csimodels.files import load_metadata, save_tensors
@@ -291,3 +292,49 @@ def test_reports_that_cannot_be_decoded_leave_the_old_file(book, site, tmp_path)
     assert "truncated or corrupted: expected 47 bytes for 30 reports of 6 bits, found 45" in refuse(*decode, book)
     assert "no such file" in refuse("feedback", "decode", tmp_path / "none", restored, "--codebook", book)
     assert restored.read_bytes() == b"what was there"
+
+
+def test_train_refines_a_codebook_and_continues(tmp_path):
+    site_file, out = tmp_path / "site.h5", tmp_path / "book"
+    h = channels(60)
+    write_site(site_file, h)
+    arguments = (
+        "--channels",
+        site_file,
+        "--network",
+        "fc",
+        "--bits",
+        "3",
+        *ARRAY,
+        "--epochs",
+        "2",
+        "--batch-size",
+        "8",
+    )
+    text = succeed("codebook", "train", out, *arguments)
+    book = load_codebook(out / "codebook.safetensors")
+    assert (book.kind, book.bits, book.deployment) == ("fc", 3, "DS")
+    told = re.search(r"mean cosine ([0-9.]+) on the validation channels \(([0-9.]+) before\)", text)
+    _, validation, _ = split_811(60, seed=0)
+    similarity = codebook_argmax(h[validation, :, 0], book.words)[1]
+    assert float(told[1]) == pytest.approx(similarity.mean().item(), abs=1e-4) and float(told[1]) >= float(told[2])
+    before = (out / "codebook.safetensors").stat().st_mtime_ns
+    assert succeed("codebook", "train", out, *arguments).split() == text.split()
+    assert (out / "codebook.safetensors").stat().st_mtime_ns == before  # a finished run is read
+    assert "belongs to another training" in refuse("codebook", "train", out, *arguments, "--seed", "1")
+
+
+def test_train_single_side_keeps_the_ues_codebook(tmp_path):
+    site_file, ue, out = tmp_path / "site.npz", tmp_path / "ue.safetensors", tmp_path / "book"
+    write_site(site_file, channels(60))
+    succeed("codebook", "make", ue, "--bits", "3", *ARRAY)
+    start = ("--channels", site_file, "--network", "fc", "--deployment", "SS", "--start", ue, *ARRAY)
+    short = ("--epochs", "1", "--batch-size", "8")
+    succeed("codebook", "train", out, *start, *short)
+    book = load_codebook(out / "codebook.safetensors")
+    assert (book.deployment, book.ue_digest) == ("SS", load_codebook(ue).digest())
+    tuned = ("--initial", out / "model.safetensors")
+    succeed("codebook", "train", tmp_path / "tuned", *start, *tuned, *short)
+    told = refuse("codebook", "train", out, *start, "--deployment", "both")
+    assert told == "deployment: expected SS or DS, got 'both'"
+    assert "expected a network of" in refuse("codebook", "train", tmp_path / "x", *start, *tuned, "--network", "lvm4cf")

@@ -64,7 +64,7 @@ def make(
 
         if threads:
             torch.set_num_threads(threads)
-        layout = _parse_ports(ports)
+        layout = parse_ports(ports)
         if kind not in KINDS:
             raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
         if (kind == "k-lines") != (channels is not None):
@@ -76,7 +76,7 @@ def make(
         elif ue is None:
             book = _fitted(bits, layout, channels, variable, seed, iterations, tolerance)
         else:
-            book = _single_side(bits, layout, channels, variable, _load(ue, layout))
+            book = _single_side(bits, layout, channels, variable, load_book(ue, layout))
         save_codebook(out, book)
         console.print(
             f"wrote {2**book.bits} codewords of {book.dimension} numbers (B = {book.bits}) to {out}", soft_wrap=True
@@ -106,7 +106,7 @@ def _fitted(bits: int, layout: Any, channels: Path, variable: str, seed: int, it
     from csimodels.models.codebook_file import FeedbackCodebook
     from csimodels.training.k_lines import k_lines
 
-    h = _training_channels(channels, layout, variable)
+    h = training_channels(channels, layout, variable)
     with progress(f"k-lines of {len(h)} channels") as update:
         fitted = k_lines(
             h,
@@ -137,13 +137,13 @@ def _single_side(bits: int, layout: Any, channels: Path, variable: str, ue: Any)
         raise ValueError(f"bits: expected {ue.bits}, as the UE's codebook has, got {bits}")
     if ue.deployment == "SS":
         raise ValueError("ue: expected a codebook that UEs keep, got one of a BS alone (SS)")
-    h = _training_channels(channels, layout, variable)
+    h = training_channels(channels, layout, variable)
     source = {"channels": digest(channels), "samples": len(h), "ue": ue.kind}
     words = single_side_words(h, ue.select())
     return FeedbackCodebook(words, "k-lines", layout, "SS", ue.digest(), source=source)
 
 
-def _training_channels(path: Path, layout: Any, variable: str) -> torch.Tensor:
+def training_channels(path: Path, layout: Any, variable: str) -> torch.Tensor:
     """Every subcarrier of every sample is a channel, complex64 ``[N, D]``."""
     from csimodels.channels.vector_file import VectorFile
 
@@ -161,7 +161,7 @@ def show(
     Example: csimodels codebook show rvq12.safetensors
     """
     with reported():
-        book = _load(path, None if ports is None else _parse_ports(ports))
+        book = load_book(path, None if ports is None else parse_ports(ports))
         several = book.words.dim() == 3
         table = Table("codebook", "value")
         table.add_row("kind", book.kind)
@@ -199,7 +199,7 @@ def encode(
 
         if threads:
             torch.set_num_threads(threads)
-        result = encode_channels(_load(codebook), source, out, environment=environment, variable=variable)
+        result = encode_channels(load_book(codebook), source, out, environment=environment, variable=variable)
         console.print(
             f"wrote {result.reports} reports of {result.bits} bits ({result.bytes} bytes) of {result.samples} channels "
             f"to {out}",
@@ -225,14 +225,14 @@ def decode(
     with reported():
         from csimodels.codebook_feedback import decode_channels
 
-        book = _load(codebook)
+        book = load_book(codebook)
         result = decode_channels(book, source, out, environment=environment, truth=truth, variable=variable)
         console.print(f"wrote {result['samples']} channels to {out}", soft_wrap=True)
         if "cosine" in result:
             console.print(f"mean cosine {result['cosine']:.4f}", soft_wrap=True)
 
 
-def _load(path: Path, ports: Any = None) -> Any:
+def load_book(path: Path, ports: Any = None) -> Any:
     """A codebook; what its reading has to say goes to stderr as one line."""
     from csimodels.models.codebook_file import load_codebook
 
@@ -244,8 +244,8 @@ def _load(path: Path, ports: Any = None) -> Any:
     return book
 
 
-def _parse_ports(text: str) -> Any:
-    """``"2x8x8"`` -> port layout."""
+def parse_ports(text: str) -> Any:
+    """``"2x8x8"`` -> port layout; a ``ValueError`` for anything else."""
     from csimodels.models.codebooks import PortLayout
 
     match = re.fullmatch(r"([0-9]+)x([0-9]+)x([0-9]+)", text)

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 import csikernels
+from csimodels import codebook_training_command  # noqa: F401  registers itself with codebook_app
 from csimodels.codebook_commands import codebook_app, feedback_app
 from csimodels.console import OneLineErrors, console, errors, print_scores, progress, reported
 from csimodels.feedback_commands import decode, encode, train
