@@ -110,7 +110,7 @@ def _training(
         network, _DEPLOYMENTS[deployment], initial=None if initial is None else str(initial), seed=seed
     )
     given = {"epochs": epochs, "batch_size": batch_size}
-    changes = {name: value for name, value in given.items() if value is not None}
+    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     # What is not a whole number of the preset's intervals is one interval.
     intervals = training.update_interval
     if epochs is not None and epochs % intervals:
