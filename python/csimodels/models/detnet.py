@@ -101,19 +101,23 @@ class DetNet(Detector):
             if layer + 1 < config.layers:  # nothing reads what the last layer would remember
                 self.remember.append(nn.Linear(config.hidden, config.memory))
 
-    def layer_estimates(self, h: Tensor, y: Tensor, noise_power: float | Tensor) -> Tensor:
-        """The estimates of all layers, for :func:`layer_loss`.
+    def forward(self, h: Tensor, y: Tensor, noise_power: float | Tensor, *, all_layers: bool = False) -> Tensor:
+        """Soft symbols.
 
-        Args, Raises: as :meth:`forward`.
+        Args:
+            h, y, noise_power: as :meth:`Detector.forward`.
+            all_layers: give every layer's estimate, for :func:`layer_loss`.
 
         Returns:
-            Complex ``[layer, batch, slot, user]``; the last one is what :meth:`forward` returns.
+            Complex ``[batch, slot, user]``, dtype of ``y``; with ``all_layers`` ``[layer, batch, slot, user]``, whose
+            last layer is what comes without.
+
+        Raises:
+            TypeError, ValueError: as :meth:`Detector.forward`.
         """
         self._check(h, y, noise_power)
-        return torch.stack(self._estimates(h, y)).to(y.dtype)
-
-    def _detect(self, h: Tensor, y: Tensor, noise: Tensor) -> Tensor:
-        return self._estimates(h, y)[-1]
+        estimates = self._estimates(h, y)
+        return torch.stack(estimates) if all_layers else estimates[-1]
 
     def _estimates(self, h: Tensor, y: Tensor) -> list[Tensor]:
         gram = h.mH @ h
@@ -157,7 +161,7 @@ def layer_loss(estimates: Tensor, symbols: Tensor) -> Tensor:
     the authors' code.
 
     Args:
-        estimates: Complex ``[layer, ...]``, of :meth:`DetNet.layer_estimates`.
+        estimates: Complex ``[layer, ...]``, of :class:`DetNet` with ``all_layers``.
         symbols: The transmitted ones, complex ``[...]``.
 
     Returns:
