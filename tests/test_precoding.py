@@ -100,6 +100,19 @@ def test_bad_channels(precoder):
         precoder(random_channel(5, 4, 2), torch.ones(3))
 
 
+@every_precoder
+@pytest.mark.parametrize("users", range(4, 9))
+def test_batches_of_a_128_antenna_array(precoder, users):
+    h, power = random_channel(5, 128, users, dtype=torch.complex64), torch.linspace(0.1, 10, 5)
+    w = precoder(h, power)
+    assert w.shape == h.shape
+    close(total_power(w), power.numpy(), rtol=1e-5)
+    # So many antennas leave little interference: most of what every user would have alone.
+    alone = torch.log2(1 + power[:, None] / users * h.abs().square().sum(1) / 0.1).sum(1)
+    rates = sum_rate(h, w, 0.1)
+    assert ((rates > 0.9 * alone) & (rates < 1.1 * alone)).all()
+
+
 # Zero forcing ---------------------------------------------------------------------------------------------------------
 
 
