@@ -26,6 +26,7 @@ pytestmark = [
     pytest.mark.usefixtures("small_models"),
     # PEFT asks the base model's folder whether the vocabulary changed.
     pytest.mark.filterwarnings("ignore:Could not find a config file"),
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),  # which PEFT still asks for
 ]
 
 

@@ -30,6 +30,10 @@ def relative(value: torch.Tensor, wanted: torch.Tensor) -> float:
     return float(((value - wanted).double().norm() / wanted.double().norm()).detach())
 
 
+def plain_start(model: nn.Module, rank: int) -> nn.Module:
+    return quantize_backbone(model, rank, start="lora")
+
+
 def trainable(model: nn.Module) -> dict[str, torch.Size]:
     return {name: value.shape for name, value in model.named_parameters() if value.requires_grad}
 
@@ -146,7 +150,7 @@ def test_loftq_starts_closer_than_the_plain_start():
     assert errors["loftq"] < 0.7 * errors["lora"]
 
 
-@pytest.mark.parametrize("adapt", [add_lora, lambda *args, **more: quantize_backbone(*args, start="lora", **more)])
+@pytest.mark.parametrize("adapt", [add_lora, plain_start])
 def test_the_first_matrix_is_normal(adapt):
     torch.manual_seed(0)
     model = adapt(tiny(n_embd=96, n_inner=400), 8)
@@ -212,11 +216,12 @@ def step(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-@pytest.mark.parametrize("start", ["loftq", "lora"])
-def test_training_changes_what_trains_and_nothing_else(backend, start):
+@pytest.mark.parametrize("adapt", [add_lora, quantize_backbone, plain_start])
+def test_training_changes_what_trains_and_nothing_else(backend, adapt):
     def run():
+        model = tiny(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
         torch.manual_seed(3)
-        return quantize_backbone(tiny(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0), 4, start=start)
+        return adapt(model, 4)
 
     model = run()
     before = {name: value.clone() for name, value in model.state_dict().items()}
