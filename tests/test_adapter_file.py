@@ -198,6 +198,18 @@ def test_other_weights(adapt, tmp_path):
         assert torch.equal(model.ln_f.weight, source.ln_f.weight)
 
 
+def test_weights_with_the_same_codes_and_other_scales(tmp_path):
+    model, doubled = plain_start(tiny(), 4), tiny()
+    save_adapter(model, tmp_path)
+    with torch.no_grad():
+        for name, layer in model.named_modules():
+            if isinstance(layer, NF4LoRALinear):
+                doubled.get_submodule(name).weight.mul_(2)
+    other = plain_start(doubled, 4)
+    assert torch.equal(other.h[0].attn.c_attn.packed, model.h[0].attn.c_attn.packed)
+    refused(other, tmp_path, "trained over weights")
+
+
 def test_unreadable_files(tmp_path):
     model = add_lora(tiny(), 4)
     refused(model, tmp_path, "adapter_config.json: no such file", FileNotFoundError)
