@@ -187,6 +187,40 @@ def test_built_on_meta(backend):
     assert torch.equal(layer(x), trained(scaling=3.0)(x))
 
 
+def test_loftqs_state_dict_can_be_saved(backend, tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch")
+    layer = NF4LoRALinear.from_loftq(nn.Linear(70, 20), 4, 1)
+    safetensors.save_file(layer.state_dict(), tmp_path / "layer.safetensors")
+    _, lora_a, lora_b = loftq_init(gaussian(20, 70), 4, iterations=1)
+    assert lora_a.is_contiguous() and lora_b.is_contiguous()
+    transposed = NF4LoRALinear.from_weight(nf4_quantize(gaussian(20, 70)), gaussian(70, 4).T, gaussian(4, 20).T)
+    assert transposed.lora_a.is_contiguous() and transposed.lora_b.is_contiguous()
+
+
+def test_from_weight(backend):
+    weight, bias = nf4_quantize(gaussian(20, 70)), gaussian(20, seed=1)
+    lora_a, lora_b, x = gaussian(4, 70, seed=2), gaussian(20, 4, seed=3), gaussian(3, 70, seed=4)
+    layer = NF4LoRALinear.from_weight(weight, lora_a, lora_b, scaling=0.5, bias=bias)
+    assert torch.equal(layer(x), nf4_lora_linear(x, weight, lora_a, lora_b, scaling=0.5, bias=bias))
+    assert (layer.rank, layer.scaling) == (4, 0.5)
+    lora_a.zero_()
+    bias.zero_()
+    assert layer.lora_a.abs().min() > 0 and layer.bias.abs().min() > 0
+
+
+def test_from_weight_without_an_adapter(backend):
+    weight, x = nf4_quantize(gaussian(20, 70)), gaussian(3, 70, seed=4)
+    layer = NF4LoRALinear.from_weight(weight)
+    assert (layer.rank, layer.bias) == (0, None)
+    torch.testing.assert_close(layer(x), F.linear(x, weight.dequantize()), rtol=1e-5, atol=1e-5)
+    assert torch.equal(layer.merged_weight(), weight.dequantize())
+    layer(x).sum().backward()
+    assert layer.lora_a.grad.shape == (0, 70)
+    again = NF4LoRALinear.from_weight(nf4_quantize(gaussian(20, 70, seed=5)))
+    again.load_state_dict(layer.state_dict())
+    assert torch.equal(again(x), layer(x))
+
+
 def test_weight_shares_the_buffers(backend):
     layer = trained()
     assert layer.weight.packed.data_ptr() == layer.packed.data_ptr()
@@ -211,6 +245,12 @@ def test_repr():
         (lambda: NF4LoRALinear.from_linear(nn.Linear(8, 8), 2, scaling=2.0, alpha=8), ValueError, "alpha"),
         (lambda: NF4LoRALinear.from_linear(nn.ReLU(), 2), TypeError, "linear: expected an nn.Linear .* got ReLU"),
         (lambda: NF4LoRALinear.from_loftq(nn.Linear(8, 8), 9), ValueError, "rank"),
+        (lambda: NF4LoRALinear.from_weight(torch.ones(4, 4)), TypeError, "weight: expected an NF4Weight, got Tensor"),
+        (
+            lambda: NF4LoRALinear.from_weight(nf4_quantize(torch.ones(4, 4)), torch.ones(1, 4)),
+            ValueError,
+            "lora_a, lora_b: expected both or none, got lora_a",
+        ),
         (lambda: trained()(torch.zeros(3, 71)), ValueError, r"x: expected \[..., 70\]"),
     ],
 )

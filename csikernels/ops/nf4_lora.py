@@ -256,6 +256,7 @@ def _loftq(weight: torch.Tensor, rank: int, iterations: int, block_size: int):
         u, s, v = torch.linalg.svd(residual, full_matrices=False)
         root = s[:rank].sqrt()
         lora_a, lora_b = (root[:, None] * v[:rank]).to(kept), (u[:, :rank] * root).to(kept)
+        lora_a, lora_b = lora_a.contiguous(), lora_b.contiguous()  # LAPACK's factors are column-major
         low_rank = lora_b.to(torch.float64) @ lora_a.to(torch.float64)
         norm = float(torch.linalg.matrix_norm(residual - low_rank))
         if norm < smallest:

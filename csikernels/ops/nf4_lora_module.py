@@ -24,7 +24,8 @@ class NF4LoRALinear(nn.Module):
     it; loading one restores ``scaling`` as well.
 
     The constructor draws W and A as ``nn.Linear`` does and sets B to zero; it serves to load a state dict into. Use
-    :meth:`from_linear`, :meth:`from_loftq` or :meth:`from_peft` to convert a trained layer.
+    :meth:`from_linear`, :meth:`from_loftq` or :meth:`from_peft` to convert a trained layer, and :meth:`from_weight` for
+    a weight that is in NF4 already.
 
     Args:
         in_features, out_features: K and N.
@@ -95,6 +96,31 @@ class NF4LoRALinear(nn.Module):
         return cls._from_parts(weight, lora_a, lora_b, 1.0, linear.bias)
 
     @classmethod
+    def from_weight(
+        cls, weight: NF4Weight, lora_a=None, lora_b=None, *, scaling: float = 1.0, bias=None
+    ) -> NF4LoRALinear:
+        """A layer over a weight that is in NF4 already; all parts but the weight, which is constant, are copied.
+
+        Args:
+            weight: W [N, K].
+            lora_a: A [r, K]; lora_b: B [N, r]. Without both there is no adapter, that is r = 0.
+            scaling: factor of the adapter.
+            bias: [N], or None.
+
+        Raises:
+            TypeError: ``weight`` is no NF4Weight, or another part is no floating tensor.
+            ValueError: one of ``lora_a`` and ``lora_b`` alone, or shapes or devices that do not fit.
+        """
+        if not isinstance(weight, NF4Weight):
+            raise TypeError(f"weight: expected an NF4Weight, got {type(weight).__name__}")
+        if (lora_a is None) != (lora_b is None):
+            raise ValueError(f"lora_a, lora_b: expected both or none, got {'lora_a' if lora_b is None else 'lora_b'}")
+        if lora_a is None:
+            n, k = weight.shape
+            lora_a, lora_b = torch.empty(0, k, device=weight.device), torch.empty(n, 0, device=weight.device)
+        return cls._from_parts(weight, lora_a, lora_b, scaling, bias)
+
+    @classmethod
     def from_peft(cls, layer: Any, adapter: str | None = None) -> NF4LoRALinear:
         """Take over a PEFT LoRA layer on a bitsandbytes ``Linear4bit`` (NF4); all parts are copied.
 
@@ -138,9 +164,8 @@ class NF4LoRALinear(nn.Module):
         self.weight_dtype = weight.dtype
         self.register_buffer("packed", weight.packed)
         self.register_buffer("absmax", weight.absmax)
-        self.lora_a = nn.Parameter(lora_a.detach().clone())
-        self.lora_b = nn.Parameter(lora_b.detach().clone())
-        self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+        self.lora_a, self.lora_b = _parameter(lora_a), _parameter(lora_b)
+        self.bias = None if bias is None else _parameter(bias)
 
     @property
     def weight(self) -> NF4Weight:
@@ -201,6 +226,11 @@ class NF4LoRALinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
             f"scaling={self.scaling:g}, bias={self.bias is not None}, block_size={self.block_size}"
         )
+
+
+def _parameter(value: torch.Tensor) -> nn.Parameter:
+    """A copy, contiguous so that ``safetensors`` takes it: factors of a decomposition may be transposed."""
+    return nn.Parameter(value.detach().clone(memory_format=torch.contiguous_format))
 
 
 def _fresh_adapter(weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
