@@ -189,7 +189,9 @@ def resolve_source(source: str) -> str:
     if source == MINILM:
         spec = importlib.util.find_spec(_module_name(_MINILM_PACKAGE))
         if spec is None or not spec.submodule_search_locations:
-            raise missing_source(source, f"the package {_MINILM_PACKAGE} is not installed: pip install 'csikernels[llm]'")
+            raise missing_source(
+                source, f"the package {_MINILM_PACKAGE} is not installed: pip install 'csikernels[llm]'"
+            )
         return str(Path(next(iter(spec.submodule_search_locations))) / "model")
     # A name on the Hub is "name" or "organisation/name"; everything else can only be a folder.
     is_name = len(Path(source).parts) <= 2 and not source.startswith((".", "~", os.sep))

@@ -1,8 +1,8 @@
 """A language model with its own token and position embeddings, for tokens of data that follow a text prompt.
 
-Source: "Large Language Model Enabled Multi-Task Physical Layer Network" (Zheng and Dai), sections III-A and III-C. Where
-:mod:`csimodels.models.backbone` keeps the Transformer layers alone, the embeddings stay here: the prompt goes through
-the model's own embedder, and GPT-2's position embeddings are trained.
+Source: "Large Language Model Enabled Multi-Task Physical Layer Network" (Zheng and Dai), sections III-A and III-C.
+Where :mod:`csimodels.models.backbone` keeps the Transformer layers alone, the embeddings stay here: the prompt goes
+through the model's own embedder, and GPT-2's position embeddings are trained.
 """
 
 from __future__ import annotations
@@ -109,6 +109,9 @@ class LanguageBackbone(nn.Module):
         self.model, self.config = _build(config, pretrained)
         self.width: int = self.model.config.hidden_size
         self.model.get_input_embeddings().weight.requires_grad_(False)
+        # transformers renamed the argument within version 5.
+        has_new_name = "cache" in inspect.signature(self.model.forward).parameters
+        self._cache_name = "cache" if has_new_name else "past_key_values"
         self._tokenizer: Any = None
         self._ids: dict[str, list[int]] = {}
 
@@ -175,18 +178,14 @@ class LanguageBackbone(nn.Module):
 
     def _continue(self, embeddings: Tensor, prefix: Tensor) -> Tensor:
         cache = import_transformers().DynamicCache()
-        # transformers renamed the argument within version 5.
-        has_new_name = "cache" in inspect.signature(self.model.forward).parameters
-        arguments = {"cache" if has_new_name else "past_key_values": cache, "use_cache": True}
+        arguments = {self._cache_name: cache, "use_cache": True}
         self.model(inputs_embeds=prefix[None], **arguments)
         cache.batch_repeat_interleave(len(embeddings))
         return self.model(inputs_embeds=embeddings, **arguments)[0]
 
     def _check(self, embeddings: Tensor, before: int) -> None:
         if embeddings.dim() != 3 or embeddings.shape[-1] != self.width:
-            raise ValueError(
-                f"embeddings: expected shape [batch, tokens, {self.width}], got {tuple(embeddings.shape)}"
-            )
+            raise ValueError(f"embeddings: expected shape [batch, tokens, {self.width}], got {tuple(embeddings.shape)}")
         tokens, positions = before + embeddings.shape[1], self.model.config.max_position_embeddings
         if tokens > positions:
             raise ValueError(f"embeddings: expected at most {positions} tokens with the prefix, got {tokens}")
@@ -216,9 +215,7 @@ def _build(config: LanguageConfig, pretrained: bool) -> tuple[Any, LanguageConfi
         has = {"vocabulary": model.config.vocab_size, "positions": model.config.max_position_embeddings}
         for name, value in has.items():
             if getattr(config, name) not in (None, value):
-                raise ValueError(
-                    f"{name}: expected {value}, as {config.source!r} has, got {getattr(config, name)}"
-                )
+                raise ValueError(f"{name}: expected {value}, as {config.source!r} has, got {getattr(config, name)}")
         return model, dataclasses.replace(config, **{**_fields(built), **has})
     if None in sizes.values():
         raise ValueError(f"vocabulary, positions: expected numbers, got {config.vocabulary}, {config.positions}")
@@ -236,6 +233,10 @@ def _load_tokenizer(source: str) -> Any:
     transformers = import_transformers()
     path = resolve_source(source)
     try:
-        return quietly(transformers, lambda: transformers.AutoTokenizer.from_pretrained(path))
+        tokenizer = quietly(transformers, lambda: transformers.AutoTokenizer.from_pretrained(path))
     except (OSError, ValueError) as error:
         raise missing_source(source, str(error).split("\n", 1)[0]) from None
+    # Of a folder without a vocabulary, transformers makes a tokeniser that knows no word.
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+        raise missing_source(source, "it has no tokeniser")
+    return tokenizer

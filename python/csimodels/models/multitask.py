@@ -49,8 +49,8 @@ class MultiTaskConfig:
         backbone: the language model; None for the encoders' output straight into the decoders (Table II, last row).
         width: of the tokens between encoders and decoders: the backbone's, which None takes. Needed without one.
         tasks: which of :data:`TASKS` it is built for; the single-task networks have one.
-        prompt: ``"full"`` for all of eq. 13, ``"identifier"`` for its first part (Fig. 11), ``"none"``. The prompt is the
-            backbone's input: without a backbone there is none, whatever stands here.
+        prompt: ``"full"`` for all of eq. 13, ``"identifier"`` for its first part (Fig. 11), ``"none"``. The prompt is
+            the backbone's input: without a backbone there is none, whatever stands here.
         blocks: L, of the two Transformer encoders.
         heads, feedforward: of a block. The paper gives neither; the width is that of a user's channel, 2 N_t (eq. 14).
         dropout: of the encoders; the backbone has its own. Decided: 0, since the tasks are regressions.
@@ -89,7 +89,7 @@ class MultiTaskConfig:
     dropout: float = 0.0
     gain_features: bool = True
     received: str = "matched"
-    matched_terms: int = 2
+    matched_terms: int = 4
     received_hidden: int = 1024
     received_width: int = 512
     normalization: str = "sample"
@@ -141,7 +141,17 @@ class MultiTaskConfig:
 
     @classmethod
     def paper(cls, source: str | None = None, **changes: Any) -> MultiTaskConfig:
-        """Section V-A with GPT-2's 12 layers; ``source=GPT2`` of :mod:`language_backbone` for its weights."""
+        """Section V-A with GPT-2's 12 layers; ``source=GPT2`` of :mod:`language_backbone` for its weights.
+
+        The paper counts 18.58 M parameters outside the backbone and states no hidden width. Given are the two
+        encoders of 3 blocks on 2 N_t = 256 features; decided are their feed-forward width of 2048 (PyTorch's default),
+        1024 hidden features in the decoders of precoding and detection, and 2048 in the decoder of prediction, which
+        sees all patches together. That makes 18.54 M: encoders of precoding 4.14, detection 5.13, prediction 0.60;
+        decoders 0.79, 0.80, 7.08. With ``received="raw"`` it is 20.57 M.
+
+        Of Table II's other rows: 58.08 M "without" GPT-2 is 39.50 M more than those modules, close to GPT-2's token and
+        position embeddings (39.38 M), which the paper so goes on counting; here nothing of the backbone stays.
+        """
         return cls(**{"backbone": LanguageConfig.gpt2(source), **changes})
 
     @classmethod
@@ -345,10 +355,14 @@ class MultiTaskPhy(nn.Module):
 class PrecodingEncoder(nn.Module):
     """Channels of K users to K tokens: Transformer blocks between users, then a linear layer (eqs. 14 to 16).
 
-    What precoders depend on is ``h sqrt(power / noise_power)``, but the first layer norm would take the scale away. So a
-    user's token is the channel at a norm of N_t, and with ``gain_features`` a linear map of three figures is added:
-    the decibels over 10 of ``|h_k|^2 power / noise_power``, and the sum and the largest of the squared coherences
-    with the other users. Without them the token is ``h_k sqrt(power / noise_power)``.
+    The paper does not say how the network knows the power. What precoders depend on is ``h sqrt(power / noise_power)``;
+    that is the token without ``gain_features``. But the first layer norm takes most of the scale away, so by default
+    a token is the channel at |h_k|^2 = N_t plus a linear map of three figures: ``log10(|h_k|^2 power / noise_power)``,
+    and the sum and the largest of the squared coherences with the other users.
+
+    Measured with :meth:`MultiTaskConfig.laptop` after 400 steps of 64 random clustered channels, 8 users, powers from
+    20 dB below the noise: sum rate 4.49 bit/s/Hz (4.45 without the figures, 4.46 with equal parameters, 4.49 by WMMSE)
+    at 15 dB below, 10.16 (10.12, 10.11, 10.18) at 10 dB below. From 0 dB up all are within 0.1 % of each other.
     """
 
     def __init__(self, config: MultiTaskConfig):
@@ -377,9 +391,15 @@ class DetectionEncoder(nn.Module):
     A token has a user's features of the Transformer over the channels, and features of the received signal by an MLP:
 
     - ``"raw"``: of all received vectors, the same for all users, as the paper's words have it.
-    - ``"matched"``: of the user's matched filter output z = H^H y / |h_k|^2 in all slots, and of R z, R^2 z, ... as many
-      ``matched_terms`` as there are, where R are the correlations with the other users (zero diagonal). These need
-      no noise power and no inverse.
+    - ``"matched"`` (default): of the user's matched filter output z_k = h_k^H y / |h_k|^2 in all slots, and of R z,
+      R^2 z, ..., ``matched_terms`` in all. R is what the filter lets through of the other users, h_k^H h_j / |h_k|^2
+      with a zero diagonal, divided by its largest row sum where that exceeds 1, so that powers stay bounded for users
+      in one direction. No noise power, no inverse, no place for a certain number of users.
+
+    The products of channel and received signal are what a network of this kind does not find by itself. Measured with
+    :meth:`MultiTaskConfig.laptop` after 600 steps of 64 random clustered channels with 4 to 8 users: NMSE averaged over
+    0 to 20 dB 0.840 with ``"raw"``, 0.133 with the matched filter alone, 0.028 with 4 terms (0.018 at 10 dB), for both
+    kinds of attention; 0.016 by LMMSE, which is told the noise power.
     """
 
     def __init__(self, config: MultiTaskConfig):
@@ -398,8 +418,8 @@ class DetectionEncoder(nn.Module):
             received = self.received(_reals(y).flatten(1).to(dtype))[:, None].expand(-1, h.shape[-1], -1)
             return self.project(torch.cat([channel, received], -1))
         norm = _norms(h)
-        # h_k^H h_j / |h_k|^2: what of user j the matched filter of user k lets through.
         leakage = _correlations(h, norm) * (norm[:, None] / norm[..., None])
+        leakage = leakage / leakage.abs().sum(-1).amax(-1).clamp(min=1)[:, None, None]
         terms = [(h.mH @ y.mT) / norm.square()[..., None]]
         for _ in range(self.terms - 1):
             terms.append(leakage @ terms[-1])
@@ -441,7 +461,10 @@ class CsiAttention(nn.Module):
             nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU(), nn.Conv2d(channels, channels, 3, padding=1)
         )
         self.excitation = nn.Sequential(
-            nn.Linear(channels, channels // reduction), nn.ReLU(), nn.Linear(channels // reduction, channels), nn.Sigmoid()
+            nn.Linear(channels, channels // reduction),
+            nn.ReLU(),
+            nn.Linear(channels // reduction, channels),
+            nn.Sigmoid(),
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -468,13 +491,18 @@ def _mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
 
 def _transformer(config: MultiTaskConfig) -> nn.Sequential:
     """Blocks with the norms after the residual connections (eqs. 14 and 15)."""
-    size = {"d_model": 2 * config.antennas, "nhead": config.heads, "dim_feedforward": config.feedforward}
-    return nn.Sequential(
-        *(
-            nn.TransformerEncoderLayer(**size, dropout=config.dropout, activation="gelu", batch_first=True)
-            for _ in range(config.blocks)
+
+    def block() -> nn.Module:
+        return nn.TransformerEncoderLayer(
+            2 * config.antennas,
+            config.heads,
+            dim_feedforward=config.feedforward,
+            dropout=config.dropout,
+            activation="gelu",
+            batch_first=True,
         )
-    )
+
+    return nn.Sequential(*(block() for _ in range(config.blocks)))
 
 
 def _width(config: MultiTaskConfig) -> int:
