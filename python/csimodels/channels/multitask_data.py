@@ -179,11 +179,11 @@ class MultiTaskSet:
         if users < 1:
             raise ValueError(f"users: expected at least 1, got {users}")
         _check(split, count)
-        blocks = [
-            _unit_power(block.carrier_channels(self.rows, self.columns, self.spacing))
-            for block, _ in self._blocks(split, count * users, _MULTIUSER)
-        ]
-        return torch.cat(blocks).unflatten(0, (count, users)).mT.contiguous()
+        h = torch.empty(count * users, self.rows * self.columns, dtype=torch.complex64)
+        for number, (block, _) in enumerate(self._blocks(split, len(h), _MULTIUSER)):
+            part = slice(number * _BLOCK, number * _BLOCK + len(block))
+            h[part] = _unit_power(block.carrier_channels(self.rows, self.columns, self.spacing))
+        return h.unflatten(0, (count, users)).mT.contiguous()
 
     def users(self, split: str, count: int) -> Iterator[MovingUsers]:
         """The UEs of :meth:`prediction`, in blocks of at most 256; raises what that raises."""
