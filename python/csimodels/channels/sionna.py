@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from csimodels.channels.clusters import sub_cluster_delays
 from csimodels.channels.disc import CellConfig, DiscEnvironment, RaySet, unit_vectors
-from csimodels.channels.environment import sub_cluster_delays
 
 SYSTEM_SCENARIOS = {"umi": "UMiScenario", "uma": "UMaScenario", "rma": "RMaScenario"}
 CDL_SCENARIOS = {f"cdl-{profile}": profile.upper() for profile in "abcde"}
@@ -44,7 +44,7 @@ def _import() -> tuple[Any, ModuleType]:
 
 
 @contextlib.contextmanager
-def _seeded(seed: int) -> Iterator[ModuleType]:
+def seeded(seed: int) -> Iterator[ModuleType]:
     """Sionna's 38.901 models with its generators seeded, and every random state put back afterwards."""
     # Setting Sionna's seed also seeds torch's global generators, and so does importing it.
     with torch.random.fork_rng(devices=list(range(torch.cuda.device_count()))):
@@ -65,6 +65,81 @@ def _seeded(seed: int) -> Iterator[ModuleType]:
 def _numpy(value: torch.Tensor) -> np.ndarray:
     """Sionna's ``[batch, BS, UE, ...]`` for one BS, as ``[batch * UE, ...]``."""
     return value[:, 0].flatten(0, 1).cpu().numpy()
+
+
+def _antenna(tr38901: ModuleType, carrier: float) -> Any:
+    return tr38901.PanelArray(
+        num_rows_per_panel=1,
+        num_cols_per_panel=1,
+        polarization="single",
+        polarization_type="V",
+        antenna_pattern="omni",
+        carrier_frequency=carrier,
+        **_ON_CPU,
+    )
+
+
+def system_level_links(
+    tr38901: ModuleType,
+    scenario: str,
+    carrier: float,
+    *,
+    bs: np.ndarray,
+    ues: np.ndarray,
+    los: bool,
+    spec_version: str = "16.1",
+) -> tuple[np.ndarray, np.ndarray, list[np.ndarray], np.ndarray]:
+    """Links of one BS drawn by Sionna within :func:`seeded` (38.901, section 7.5, steps 1 to 9 and the delays of 11).
+
+    Args:
+        tr38901: what :func:`seeded` yields.
+        scenario: ``"umi"``, ``"uma"`` or ``"rma"``. carrier: Hz.
+        bs: its position, metres ``[3]``.
+        ues: their positions, metres ``[batch, UE, 3]``; those of one batch entry share large-scale parameters as their
+            distances say (section 7.6.3), those of two do not.
+        los: whether all are in line of sight.
+        spec_version: of 38.901.
+
+    Returns:
+        scattered powers ``[batch * UE, cluster]``, 0 where there is no cluster; delays in seconds ``[batch * UE,
+        cluster, ray]``; azimuths and zeniths of departure, then of arrival, radians of that shape; linear Rician
+        factors ``[batch * UE]``, 0 out of sight.
+    """
+    batch, users = ues.shape[:2]
+    antenna = _antenna(tr38901, carrier)
+    options = {} if scenario == "rma" else {"o2i_model": "low"}  # of indoor UEs, and all here are outdoor
+    model = getattr(tr38901, SYSTEM_SCENARIOS[scenario])(
+        carrier_frequency=carrier,
+        ut_array=antenna,
+        bs_array=antenna,
+        direction="downlink",
+        enable_pathloss=False,
+        enable_shadow_fading=False,
+        spec_version=spec_version,
+        **options,
+        **_ON_CPU,
+    )
+    large_scale, sampler = tr38901.LSPGenerator(model), tr38901.RaysGenerator(model)
+    model.set_topology(
+        ut_loc=torch.from_numpy(ues),
+        bs_loc=torch.from_numpy(bs).expand(batch, 1, 3),
+        ut_orientations=torch.zeros(batch, users, 3, dtype=torch.float64),
+        bs_orientations=torch.zeros(batch, 1, 3, dtype=torch.float64),
+        ut_velocities=torch.zeros(batch, users, 3, dtype=torch.float64),
+        in_state=torch.zeros(batch, users, dtype=torch.bool),
+        los=los,
+    )
+    large_scale.topology_updated_callback()
+    sampler.topology_updated_callback()
+    parameters = large_scale()
+    rays = sampler(parameters)
+    cluster_delay, strongest = _numpy(model.get_param("cDS")) * 1e-9, _numpy(rays.strongest_cluster_indices)
+    ray_delay = np.repeat(_numpy(rays.delays)[:, :, None], model.rays_per_cluster, axis=2)
+    for link in range(batch * users):
+        ray_delay[link, strongest[link]] += sub_cluster_delays(cluster_delay[link])
+    rician = _numpy(parameters.k_factor) if los else np.zeros(batch * users)
+    angles = [_numpy(value) for value in (rays.aod, rays.zod, rays.aoa, rays.zoa)]
+    return _numpy(rays.powers), ray_delay, angles, rician
 
 
 class SionnaEnvironment(DiscEnvironment):
@@ -118,60 +193,25 @@ class SionnaEnvironment(DiscEnvironment):
         self.scenario, self.delay_spread, self.spec_version = scenario, delay_spread, spec_version
         self.patch_centres = self._draw_disc(self._rng, config.patches)
         sionna_seed = np.random.SeedSequence([seed, index, 2]).generate_state(1, np.uint64)[0]
-        with _seeded(int(sionna_seed)) as tr38901:
+        with seeded(int(sionna_seed)) as tr38901:
             self.ray_sets = self._cdl(tr38901) if scenario in CDL_SCENARIOS else self._system_level(tr38901)
-
-    def _antenna(self, tr38901: ModuleType) -> Any:
-        return tr38901.PanelArray(
-            num_rows_per_panel=1,
-            num_cols_per_panel=1,
-            polarization="single",
-            polarization_type="V",
-            antenna_pattern="omni",
-            carrier_frequency=self.config.carrier,
-            **_ON_CPU,
-        )
 
     def _system_level(self, tr38901: ModuleType) -> list[RaySet]:
         """Steps 1 to 9 of 38.901, section 7.5, by Sionna; 10 and 11 without antennas here."""
-        antenna, patches = self._antenna(tr38901), self.config.patches
-        options = {} if self.scenario == "rma" else {"o2i_model": "low"}  # of indoor UEs, and all here are outdoor
-        scenario = getattr(tr38901, SYSTEM_SCENARIOS[self.scenario])(
-            carrier_frequency=self.config.carrier,
-            ut_array=antenna,
-            bs_array=antenna,
-            direction="downlink",
-            enable_pathloss=False,
-            enable_shadow_fading=False,
-            spec_version=self.spec_version,
-            **options,
-            **_ON_CPU,
-        )
-        large_scale, sampler = tr38901.LSPGenerator(scenario), tr38901.RaysGenerator(scenario)
-        scenario.set_topology(
-            ut_loc=torch.from_numpy(self.centre + self.patch_centres)[None],
-            bs_loc=torch.from_numpy(self._bs)[None, None],
-            ut_orientations=torch.zeros(1, patches, 3, dtype=torch.float64),
-            bs_orientations=torch.zeros(1, 1, 3, dtype=torch.float64),
-            ut_velocities=torch.zeros(1, patches, 3, dtype=torch.float64),
-            in_state=torch.zeros(1, patches, dtype=torch.bool),
+        links = system_level_links(
+            tr38901,
+            self.scenario,
+            self.config.carrier,
+            bs=self._bs,
+            ues=(self.centre + self.patch_centres)[None],
             los=self.los,
+            spec_version=self.spec_version,
         )
-        large_scale.topology_updated_callback()
-        sampler.topology_updated_callback()
-        parameters = large_scale()
-        rays = sampler(parameters)
-        cluster_delay, strongest = _numpy(scenario.get_param("cDS")) * 1e-9, _numpy(rays.strongest_cluster_indices)
-        ray_delay = np.repeat(_numpy(rays.delays)[:, :, None], scenario.rays_per_cluster, axis=2)
-        for patch in range(patches):
-            ray_delay[patch, strongest[patch]] += sub_cluster_delays(cluster_delay[patch])
-        rician = _numpy(parameters.k_factor) if self.los else np.zeros(patches)
-        angles = [_numpy(value) for value in (rays.aod, rays.zod, rays.aoa, rays.zoa)]
-        return self._ray_sets(_numpy(rays.powers), ray_delay, angles, rician)
+        return self._ray_sets(*links)
 
     def _cdl(self, tr38901: ModuleType) -> list[RaySet]:
         """38.901, section 7.7.1: Sionna's table, ray offsets and random coupling."""
-        antenna = self._antenna(tr38901)
+        antenna = _antenna(tr38901, self.config.carrier)
         cdl = tr38901.CDL(
             CDL_SCENARIOS[self.scenario],
             self.delay_spread,

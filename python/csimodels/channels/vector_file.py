@@ -1,27 +1,22 @@
 """A user's channels as vectors over the antenna ports, for codebook feedback: HDF5, ``.mat``, ``.npz``, safetensors.
 
 HDF5 files are the project's own (:mod:`csimodels.channels.hdf5`). The others hold one variable, complex ``[N, D]`` or
-``[N, D, S]`` (S subcarriers); safetensors, which got complex numbers late, may hold float32 ``[..., 2]`` instead.
+``[N, D, S]`` (S subcarriers), in one of the formats of :mod:`csimodels.channels.array_file`.
 """
 
 from __future__ import annotations
 
 import os
-import zipfile
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import scipy.io
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from csimodels.channels.array_file import ENDINGS, as_complex, read_array, write_arrays
 from csimodels.channels.hdf5 import ChannelReader, write_channels
-from csimodels.channels.matfile import read_variable
-from csimodels.files import atomic_path, save_tensors
 
 VARIABLE = "h"  # the name that these files get here
 
@@ -46,8 +41,8 @@ class VectorFile:
     def __init__(self, path: str | os.PathLike, dimension: int, variable: str = VARIABLE):
         self.path = Path(path)
         self._h: Tensor | None = None
-        if self.path.suffix in _READERS:
-            h = _READERS[self.path.suffix](self.path, variable)
+        if self.path.suffix in ENDINGS:
+            h = as_complex(read_array(self.path, variable), (2, 3))
             shape, name = tuple(h.shape), f"{self.path}: {variable}"
             if h.ndim not in (2, 3) or not h.is_complex():
                 raise ValueError(f"{name}: expected complex [N, D] or [N, D, S], got {_dtype(h)} {shape}")
@@ -91,71 +86,14 @@ def write_vectors(
     """
     path = Path(path)
     flat = h[:, :, 0] if h.shape[2] == 1 else h
-    if path.suffix == ".safetensors":
-        save_tensors(path, {VARIABLE: torch.view_as_real(flat.contiguous())}, {"parameters": parameters})
-    elif path.suffix in (".mat", ".npz"):
-        with atomic_path(path) as temporary, temporary.open("wb") as file:
-            if path.suffix == ".mat":
-                scipy.io.savemat(file, {VARIABLE: flat.numpy()})
-            else:
-                np.savez(file, h=flat.numpy())
+    if path.suffix in ENDINGS:
+        write_arrays(path, {VARIABLE: flat}, {"parameters": parameters})
     else:
         described: dict[str, Any] = {"generator": "reconstruction", "parameters": parameters, "seed": 0}
         with write_channels(path, antennas=h.shape[1], subcarriers=h.shape[2], **described) as writer:
             for start in range(0, len(h), 4096):
                 part = slice(start, start + 4096)
                 writer.append(h[part], environment=environment[part], los=los[part])
-
-
-def _read_mat(path: Path, variable: str) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(read_variable(path, variable)))
-
-
-def _read_npz(path: Path, variable: str) -> Tensor:
-    _check_file(path)
-    try:
-        file = np.load(path, allow_pickle=False)
-        if not isinstance(file, np.lib.npyio.NpzFile):
-            raise ValueError("a single .npy array")
-        with file:
-            names = list(file.files)
-            values = file[variable] if variable in names else None
-    except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError) as error:
-        raise ValueError(f"{path}: not a readable .npz file of plain arrays ({error})") from None
-    return torch.from_numpy(_numeric(path, variable, names, values))
-
-
-def _read_safetensors(path: Path, variable: str) -> Tensor:
-    _check_file(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            names = list(file.keys())
-            values = file.get_tensor(variable).clone() if variable in names else None
-    except SafetensorError as error:
-        raise ValueError(f"{path}: not a readable safetensors file ({error})") from None
-    if values is None:
-        raise ValueError(f"{path}: expected a variable {variable}, got {', '.join(sorted(names)) or 'none'}")
-    if values.dtype == torch.float32 and values.ndim in (3, 4) and values.shape[-1] == 2:
-        return torch.view_as_complex(values)
-    return values
-
-
-_READERS = {".mat": _read_mat, ".npz": _read_npz, ".safetensors": _read_safetensors}
-
-
-def _check_file(path: Path) -> None:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    if path.stat().st_size == 0:
-        raise ValueError(f"{path}: the file is empty")
-
-
-def _numeric(path: Path, variable: str, names: list[str], values: np.ndarray | None) -> np.ndarray:
-    if values is None:
-        raise ValueError(f"{path}: expected a variable {variable}, got {', '.join(sorted(names)) or 'none'}")
-    if values.dtype.kind not in "fiuc":
-        raise ValueError(f"{path}: {variable}: expected a numeric array, got {values.dtype}")
-    return values.astype(values.dtype.newbyteorder("="))
 
 
 def _dtype(h: Tensor) -> str:
