@@ -102,7 +102,17 @@ def test_shapes_power_and_speeds():
     assert 10 <= speed.min() < 20 and 90 < speed.max() <= 100 and 50 < speed.mean() < 60
     g = multiuser_channels("uma_nlos", "train", 70, users=5)
     assert g.shape == (70, 128, 5) and g.dtype == torch.complex64 and g.is_contiguous()
-    torch.testing.assert_close(g.abs().square().sum(1), torch.full((70, 5), 128.0), rtol=1e-5, atol=0)
+    torch.testing.assert_close(power(g, (1, 2)), torch.ones(70), rtol=1e-5, atol=0)
+
+
+def test_users_of_a_sample_keep_their_path_loss():
+    g = multiuser_channels("uma_nlos", "test", 60, users=4)
+    position = torch.cat([block.position for block, _ in UMA._blocks("test", 240, 1)]).unflatten(0, (60, 4))
+    distance = (position[..., :2].square().sum(-1) + (25.0 - 1.5) ** 2).sqrt()
+    loss_db = 39.08 * distance.log10()  # 38.901, Table 7.4.1-1, UMa out of sight
+    gain_db = 10 * g.abs().square().sum(1).double().log10()
+    torch.testing.assert_close(gain_db - gain_db[:, :1], loss_db[:, :1] - loss_db, rtol=0, atol=1e-3)
+    assert gain_db.std(dim=1).mean() > 3
 
 
 def test_one_sample_all_antennas_and_one_antenna():

@@ -9,8 +9,11 @@ The paper takes its channels from QuaDRiGa. Decided here, where it is silent:
   power is 0 (K = -100 dB). The others are the 20 of 38.901, Table 7.5-6, which are drawn here.
 - The BS is 25 m high in UMa and 10 m in UMi, UEs are at 1.5 m: 38.901's heights. Distances are horizontal; distances
   and azimuths are uniform each, headings over the full circle.
-- Elements are isotropic and of one polarisation, path loss and shadowing are left out: every UE's channels are scaled
-  to unit power per entry.
+- Elements are isotropic and of one polarisation. In prediction every UE's channels are scaled to unit power per entry.
+  UEs that are served together keep their path loss relative to each other, by 38.901's distance law (Table 7.4.1-1),
+  without shadowing, and a sample has unit power per entry. With 4 UEs, 0 dBW and -10 dBW of noise zero forcing then
+  reaches 29.3 bit/s/Hz, which is also the paper's sum rate (29.3 for its network, Table I); with UEs of equal gain it
+  reaches 32.9, and no precoder differs from another by more than 0.01.
 - Histories are noise-free; whoever uses them adds the noise.
 
 UEs are drawn in blocks of 256, so that those of a smaller count are the first of a larger one, and a set of any size
@@ -53,6 +56,7 @@ class MultiTaskSet:
         grid: of the subcarriers.
         history, future: T1 and T2, slots. slot: seconds.
         sector: azimuths of the UEs, radians. distance: metres. speed_kmh: uniform, km/h.
+        path_loss_slope: dB per decade of the distance between BS and UE antennas, out of sight.
         clusters: None for those of 38.901, or another number that its tables of angles know.
         seed: of the set. generator: ``"builtin"`` or ``"sionna"`` (extra ``sionna``), which draws the rays.
 
@@ -63,6 +67,7 @@ class MultiTaskSet:
     name: str
     scenario: str
     bs_height: float
+    path_loss_slope: float
     ue_height: float = 1.5
     carrier: float = 2.4e9
     rows: int = 8
@@ -81,7 +86,7 @@ class MultiTaskSet:
 
     def __post_init__(self) -> None:
         check_scenario(self.scenario)
-        for name in ("bs_height", "ue_height", "carrier", "spacing", "slot"):
+        for name in ("bs_height", "path_loss_slope", "ue_height", "carrier", "spacing", "slot"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
         for name in ("rows", "columns", "history", "future"):
@@ -170,7 +175,7 @@ class MultiTaskSet:
             count: of samples. users: in each.
 
         Returns:
-            complex64 ``[count, antenna, users]``, each user's of mean power 1 per antenna.
+            complex64 ``[count, antenna, users]``, of mean power 1 per entry over all users of a sample.
 
         Raises:
             ValueError: no such split, or a count or users below 1.
@@ -182,8 +187,12 @@ class MultiTaskSet:
         h = torch.empty(count * users, self.rows * self.columns, dtype=torch.complex64)
         for number, (block, _) in enumerate(self._blocks(split, len(h), _MULTIUSER)):
             part = slice(number * _BLOCK, number * _BLOCK + len(block))
-            h[part] = _unit_power(block.carrier_channels(self.rows, self.columns, self.spacing))
-        return h.unflatten(0, (count, users)).mT.contiguous()
+            alike = _unit_power(block.carrier_channels(self.rows, self.columns, self.spacing))
+            distance = torch.linalg.vector_norm(
+                block.position - block.position.new_tensor([0, 0, self.bs_height]), dim=1
+            )
+            h[part] = alike * (distance ** (-self.path_loss_slope / 20)).to(torch.float32)[:, None]
+        return _unit_power(h.unflatten(0, (count, users))).mT.contiguous()
 
     def users(self, split: str, count: int) -> Iterator[MovingUsers]:
         """The UEs of :meth:`prediction`, in blocks of at most 256; raises what that raises."""
@@ -213,8 +222,8 @@ def _unit_power(h: torch.Tensor) -> torch.Tensor:
 MULTITASK_SETS = {
     one.name: one
     for one in (
-        MultiTaskSet("uma_nlos", "uma", bs_height=25.0),
-        MultiTaskSet("umi_nlos", "umi", bs_height=10.0),
+        MultiTaskSet("uma_nlos", "uma", bs_height=25.0, path_loss_slope=39.08),
+        MultiTaskSet("umi_nlos", "umi", bs_height=10.0, path_loss_slope=35.3),
     )
 }
 
