@@ -51,7 +51,8 @@ def published(tmp_path):
 
 @pytest.mark.parametrize(
     ("family", "attention"),
-    [(family, "bidirectional") for family in FAMILIES] + [(family, "causal") for family in ("gpt2", "llama", "gemma", "qwen")],
+    [(family, "bidirectional") for family in FAMILIES]
+    + [(family, "causal") for family in ("gpt2", "llama", "gemma", "qwen")],
 )
 def test_attention_sees_both_sides_or_one(family, attention):
     backbone = Backbone(BackboneConfig(family, attention=attention, **SIZES)).eval()

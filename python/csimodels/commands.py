@@ -20,6 +20,7 @@ from csimodels.codebook_commands import codebook_app, feedback_app
 from csimodels.console import OneLineErrors, console, errors, print_scores, progress, reported
 from csimodels.feedback_commands import decode, encode, train
 from csimodels.files import digest, write_json, write_text
+from csimodels.multitask_commands import detect, multitask_app, precode, predict
 
 app = typer.Typer(
     name="csimodels",
@@ -426,10 +427,11 @@ def evaluate(
         print_scores(score_models(base_model, reference_model, codec, h, proxy))
 
 
-for command in (train, encode, decode):
+for command in (train, encode, decode, predict, precode, detect):
     app.command()(command)
 app.add_typer(codebook_app, name="codebook")
 app.add_typer(feedback_app, name="feedback")
+app.add_typer(multitask_app, name="multitask")
 
 
 @app.command()

@@ -11,6 +11,8 @@ from csimodels.evaluation import (
     llmcsinet_settings,
     lvm4cf_experiments,
     lvm4cf_settings,
+    multitask_experiments,
+    multitask_settings,
 )
 from csimodels.evaluation.outcome import Context, Outcome
 from csimodels.training.checkpoint_store import CheckpointStore
@@ -47,6 +49,10 @@ def _lvm4cf(function: Callable[[lvm4cf_settings.Settings], Outcome]) -> Callable
     return lambda context: function(lvm4cf_settings.settings(context))
 
 
+def _multitask(function: Callable[[multitask_settings.Settings], Outcome]) -> Callable[[Context], Outcome]:
+    return lambda context: function(multitask_settings.settings(context))
+
+
 EXPERIMENTS: dict[str, Experiment] = {
     **{name: Experiment(text, _lasco(function)) for name, (text, function) in lasco_experiments.EXPERIMENTS.items()},
     **{
@@ -54,4 +60,8 @@ EXPERIMENTS: dict[str, Experiment] = {
         for name, (text, function) in llmcsinet_experiments.EXPERIMENTS.items()
     },
     **{name: Experiment(text, _lvm4cf(function)) for name, (text, function) in lvm4cf_experiments.EXPERIMENTS.items()},
+    **{
+        name: Experiment(text, _multitask(function))
+        for name, (text, function) in multitask_experiments.EXPERIMENTS.items()
+    },
 }

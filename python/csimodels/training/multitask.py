@@ -1,0 +1,303 @@
+"""Training of the multi-task network (eqs. 36 to 40), and of the networks that do one of its tasks.
+
+Source: Zheng and Dai, "Large Language Model Enabled Multi-Task Physical Layer Network", section IV-C. A training is one
+or two runs of the common :class:`csimodels.training.loop.Trainer`: where precoding is among the tasks, first supervised
+by WMMSE (eq. 38), then unsupervised (eq. 37); the other tasks are trained in both.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from csimodels.channels.transmission import add_noise, draw_uplink
+from csimodels.evaluation.detection import qam_modulate
+from csimodels.evaluation.multitask_scores import precoding_rate
+from csimodels.evaluation.precoding import wmmse_parameters
+from csimodels.files import write_json
+from csimodels.models.detnet import layer_loss
+from csimodels.models.multitask import LOSS_WEIGHTS, TASKS
+from csimodels.models.multitask_baselines import NAMES, TASK_OF, build_network, run_network, training_estimates
+from csimodels.training.loop import Batch, TrainConfig, Trainer, TrainResult
+from csimodels.training.multitask_data import DRAW, NOISE_POWER, Drawing, TaskSamples, seeded, served
+from csimodels.training.multitask_file import FINGERPRINT, Adaptation, load_multitask, save_multitask
+from csimodels.training.run_state import STATE
+
+WEIGHTS, LOG = "model.safetensors", "log.json"
+_TENSORS = dict(zip(TASKS, (3, 4, 3), strict=True))  # that DRAW gives for each task
+_VALIDATION_SEED = 2**31 - 1
+_SUPERVISED = "supervised"
+_UNSUPERVISED = "unsupervised"
+
+
+@dataclasses.dataclass(frozen=True)
+class MultiTaskTraining:
+    """One network to train.
+
+    Attributes:
+        model: ``"multitask"`` or a name in :data:`csimodels.models.multitask_baselines.NAMES`.
+        config: of that model.
+        tasks: that it is trained for; those of the configuration.
+        train: how to optimise, ``epochs`` in all. No weight decay makes the common AdamW Adam; the paper names neither.
+        samples: of channels.
+        drawing: of noise, symbols and users.
+        adaptation: of the backbone of the multi-task network; None trains all of its weights.
+        supervised_epochs: of ``train.epochs``, those in which precoding follows WMMSE. The paper does not say how many.
+        seed: of the weights.
+    """
+
+    model: str
+    config: Any
+    tasks: tuple[str, ...]
+    train: TrainConfig
+    samples: TaskSamples
+    drawing: Drawing
+    adaptation: Adaptation | None = None
+    supervised_epochs: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.model != "multitask" and self.model not in NAMES:
+            raise ValueError(f"model: expected one of multitask, {', '.join(NAMES)}, got {self.model!r}")
+        able = self.config.tasks if self.model == "multitask" else (TASK_OF[self.model],)
+        if not self.tasks or any(task not in able for task in self.tasks):
+            raise ValueError(f"tasks: expected some of {', '.join(able)} for {self.model}, got {self.tasks}")
+        if self.adaptation is not None and self.model != "multitask":
+            raise ValueError(f"adaptation: expected None for {self.model}, got {self.adaptation}")
+        if not 0 <= self.supervised_epochs < self.train.epochs:
+            raise ValueError(
+                f"supervised_epochs: expected 0 to below the {self.train.epochs} epochs, got {self.supervised_epochs}"
+            )
+        if self.supervised_epochs and "precode" not in self.tasks:
+            raise ValueError(f"supervised_epochs: expected 0 without precoding, got {self.supervised_epochs}")
+
+    def stages(self) -> list[tuple[str, TrainConfig]]:
+        """How precoding is supervised, and how the stage is optimised."""
+        epochs = {_SUPERVISED: self.supervised_epochs, _UNSUPERVISED: self.train.epochs - self.supervised_epochs}
+        return [(name, dataclasses.replace(self.train, epochs=count)) for name, count in epochs.items() if count]
+
+    def optimised(self, **changes: Any) -> MultiTaskTraining:
+        """With other fields of :class:`TrainConfig`, those that are not None; precoding keeps its supervised share."""
+        given = {name: value for name, value in changes.items() if value is not None}
+        train = dataclasses.replace(self.train, **given)
+        supervised = min(round(self.supervised_epochs * train.epochs / self.train.epochs), train.epochs - 1)
+        return dataclasses.replace(self, train=train, supervised_epochs=supervised)
+
+    def described(self) -> dict[str, Any]:
+        """All fields, JSON-serialisable."""
+        return {**dataclasses.asdict(self), "samples": self.samples.described()}
+
+    def build(self) -> nn.Module:
+        """The untrained network, adapted; its drawn weights are a function of ``seed``."""
+        torch.manual_seed(self.seed)
+        network = build_network(self.model, self.config)
+        return network if self.adaptation is None else self.adaptation.apply(network)
+
+
+def train_multitask(
+    training: MultiTaskTraining,
+    run_dir: Path,
+    channels: Path,
+    *,
+    accelerator: Accelerator,
+    on_step: Callable[[int, int, float], None] | None = None,
+) -> nn.Module:
+    """Train one network; writes ``model.safetensors`` (best weights) and ``log.json`` to ``run_dir``.
+
+    The best weights are those with the smallest weighted loss (eq. 36, precoding unsupervised) on validation channels
+    with noise that is the same in every epoch. A run that was killed continues from its last state when called again
+    with the same arguments; a finished one is read from its file.
+
+    Args:
+        training: which network, and how.
+        run_dir: output folder.
+        channels: folder in which channels are kept.
+        accelerator: see :func:`csimodels.training.loop.make_accelerator`.
+        on_step: progress callback ``(step, total_steps, loss)``, per stage.
+
+    Returns:
+        The network in eval mode.
+
+    Raises:
+        ValueError: a file or state in ``run_dir`` of another run; what :class:`Trainer` or the network refuses.
+        FloatingPointError: a loss or a validation value became infinite or NaN.
+    """
+    fingerprint = json.loads(json.dumps({"training": training.described()}))
+    path = run_dir / WEIGHTS
+    if path.exists():
+        network, metadata = load_multitask(path)
+        if metadata[FINGERPRINT] != fingerprint:
+            raise ValueError(f"{path}: belongs to another training; choose another output folder or remove the file")
+        return network
+    network = training.build()
+    loaded = {split: _load(training, split, channels) for split in ("train", "validation")}
+    results = []
+    for supervision, train in training.stages():
+        stage_dir = run_dir / supervision
+        trainer = _trainer(training, supervision, train, network, loaded, stage_dir, fingerprint, accelerator, on_step)
+        results.append(trainer.fit())
+        network = cast(_Joint, accelerator.unwrap_model(trainer.model)).network
+    network = network.cpu().eval()
+    if accelerator.is_main_process:
+        extra = {"tasks": training.tasks, "order": training.drawing.order, FINGERPRINT: fingerprint}
+        save_multitask(path, network, training.model, training.config, training.adaptation, extra=extra)
+        write_json(run_dir / LOG, {**fingerprint, "stages": [_log(result) for result in results]})
+        for supervision, _ in training.stages():  # several times the weights, and of no more use
+            (run_dir / supervision / STATE).unlink(missing_ok=True)
+    accelerator.wait_for_everyone()
+    return network
+
+
+def _log(result: TrainResult) -> dict[str, Any]:
+    fields = dataclasses.asdict(result)
+    return {**fields, "seconds": round(fields["seconds"], 1)}
+
+
+class _Joint(nn.Module):
+    """All tasks in one forward, so that several processes average their gradients once."""
+
+    def __init__(self, network: nn.Module, model: str):
+        super().__init__()
+        self.network, self.model = network, model
+
+    def forward(self, inputs: Mapping[str, tuple]) -> dict[str, Any]:
+        run = training_estimates if self.training else run_network
+        return {task: run(self.network, self.model, task, *given) for task, given in inputs.items()}
+
+
+def _load(training: MultiTaskTraining, split: str, folder: Path) -> dict[str, Tensor]:
+    """Channels of each task."""
+    read = {"predict": training.samples.prediction, "detect": training.samples.multiuser}
+    read["precode"] = read["detect"]
+    return {task: read[task](split, folder) for task in training.tasks}
+
+
+def _trainer(
+    training: MultiTaskTraining,
+    supervision: str,
+    train: TrainConfig,
+    network: nn.Module,
+    channels: Mapping[str, Mapping[str, Tensor]],
+    run_dir: Path,
+    fingerprint: dict[str, Any],
+    accelerator: Accelerator,
+    on_step: Callable[[int, int, float], None] | None,
+) -> Trainer:
+    drawing, tasks = training.drawing, training.tasks
+
+    def epoch_data(epoch: int) -> Batch:
+        # Each stage draws anew: its epochs are counted from 0 again.
+        seed = (train.seed * 2 + (supervision == _SUPERVISED)) * 1_000_003 + epoch
+        drawn = [DRAW[task](channels["train"][task], drawing, _generator(seed, task)) for task in tasks]
+        return [tensor for tensors in drawn for tensor in tensors]
+
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        remaining = iter(batch)
+        drawn = {task: tuple(next(remaining) for _ in range(_TENSORS[task])) for task in tasks}
+        losses = task_losses(model, drawn, drawing, supervised=supervision == _SUPERVISED)
+        return sum((LOSS_WEIGHTS[task] * value for task, value in losses.items()), start=torch.zeros(()))
+
+    validation = {
+        task: DRAW[task](channels["validation"][task], drawing, _generator(_VALIDATION_SEED, task)) for task in tasks
+    }
+
+    def validate(model: nn.Module) -> tuple[float, dict[str, float]]:
+        values = validation_losses(model, validation, drawing, accelerator.device)
+        return sum(LOSS_WEIGHTS[task] * value for task, value in values.items()), values
+
+    module = _Joint(network, training.model)
+    return Trainer(
+        module,
+        train,
+        epoch_data,
+        loss,
+        validate,
+        accelerator=accelerator,
+        run_dir=run_dir,
+        fingerprint={**fingerprint, "stage": supervision},
+        groups=[{"params": [parameter for parameter in module.parameters() if parameter.requires_grad]}],
+        on_step=on_step,
+    )
+
+
+def _generator(seed: int, task: str) -> torch.Generator:
+    return torch.Generator().manual_seed(seed * len(TASKS) + TASKS.index(task))
+
+
+def task_losses(
+    model: nn.Module, drawn: Mapping[str, tuple[Tensor, ...]], drawing: Drawing, *, supervised: bool = False
+) -> dict[str, Tensor]:
+    """Each task's loss, not weighted: eq. 40, eq. 39, and eq. 37 or (``supervised``) eq. 38.
+
+    In eq. 38 powers are taken relative to P_max (decided: P_max differs between samples).
+
+    Args:
+        model: maps ``{task: inputs}`` to ``{task: estimate}``; an estimate with a leading axis of layers is trained by
+            :func:`csimodels.models.detnet.layer_loss`.
+        drawn: of :data:`csimodels.training.multitask_data.DRAW`, per task.
+        drawing: that it was drawn with.
+    """
+    inputs: dict[str, tuple] = {}
+    truth: dict[str, Any] = {}
+    if "predict" in drawn:
+        h, snr_db, seeds = drawn["predict"]
+        inputs["predict"] = (add_noise(h[:, : drawing.history], snr_db, seeded(seeds)),)
+        truth["predict"] = h[:, drawing.history :]
+    if "detect" in drawn:
+        h, snr_db, users, seeds = drawn["detect"]
+        h = served(h, int(users[0]))
+        y, symbols, noise_power = draw_uplink(h, drawing.slots, drawing.order, snr_db, seeded(seeds))
+        inputs["detect"], truth["detect"] = (h, y, noise_power), qam_modulate(symbols, drawing.order)
+    if "precode" in drawn:
+        h, power, users = drawn["precode"]
+        h = served(h, int(users[0]))
+        inputs["precode"], truth["precode"] = (h, power, NOISE_POWER), (h, power)
+    outputs = model(inputs)
+    losses = {task: _squared_error(outputs[task], truth[task]) for task in ("predict", "detect") if task in drawn}
+    if "precode" in drawn:
+        lambdas, p = outputs["precode"]
+        h, power = truth["precode"]
+        losses["precode"] = _precoding_loss(lambdas, p, h, power, supervised=supervised)
+    return losses
+
+
+def _squared_error(estimate: Tensor, truth: Tensor) -> Tensor:
+    """Mean over real and imaginary parts."""
+    if estimate.dim() > truth.dim():
+        return layer_loss(estimate, truth)
+    return torch.view_as_real(estimate - truth).square().mean()
+
+
+def _precoding_loss(lambdas: Tensor, p: Tensor, h: Tensor, power: Tensor, *, supervised: bool) -> Tensor:
+    if not supervised:
+        return -precoding_rate(h, lambdas, p, NOISE_POWER)
+    with torch.no_grad():
+        wanted_lambdas, wanted_p = wmmse_parameters(h, power, NOISE_POWER)
+    errors = torch.cat([lambdas - wanted_lambdas, p - wanted_p], dim=1) / power[:, None]
+    return errors.square().mean()
+
+
+@torch.no_grad()
+def validation_losses(
+    model: nn.Module, drawn: Mapping[str, tuple[Tensor, ...]], drawing: Drawing, device: torch.device, batch: int = 256
+) -> dict[str, float]:
+    """:func:`task_losses` of all samples, unsupervised. Each sample has its own number of users."""
+    values = {}
+    for task, tensors in drawn.items():
+        total = 0.0
+        size = len(tensors[0])
+        groups = [torch.arange(size)]
+        if task != "predict":
+            groups = [(tensors[2] == users).nonzero()[:, 0] for users in tensors[2].unique()]
+        for index in (part for group in groups for part in group.split(batch)):
+            given = {task: tuple(tensor[index].to(device) for tensor in tensors)}
+            total += task_losses(model, given, drawing)[task].item() * len(index)
+        values[task] = total / size
+    return values

@@ -1,0 +1,98 @@
+"""Networks of the physical-layer tasks on disk: the multi-task one or a baseline, with all that rebuilds it."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from csimodels import __version__
+from csimodels.files import fitting, known, load_format, save_tensors
+from csimodels.models.low_rank import add_lora, quantize_backbone
+from csimodels.models.multitask_baselines import build_network, config_from_dict
+
+_FORMAT = "csimodels.multitask"
+FINGERPRINT = "fingerprint"
+_KINDS = ("lora", "loftq", "qlora")
+
+
+@dataclasses.dataclass(frozen=True)
+class Adaptation:
+    """How the backbone is fine-tuned: its weights stay, low-rank matrices, norms and positions are trained.
+
+    Attributes:
+        kind: ``"lora"`` keeps the weights in full precision; ``"loftq"`` stores them in NF4 and starts the low-rank
+            matrices by Algorithm 1; ``"qlora"`` stores them in NF4 and starts by eq. 29.
+        rank: of the matrices (16 in section V-A).
+        iterations: of Algorithm 1 (5 in section V-E).
+    """
+
+    kind: str = "loftq"
+    rank: int = 16
+    iterations: int = 5
+
+    def __post_init__(self) -> None:
+        if self.kind not in _KINDS:
+            raise ValueError(f"kind: expected one of {', '.join(_KINDS)}, got {self.kind!r}")
+
+    def apply(self, network: nn.Module, *, weights_follow: bool = False) -> nn.Module:
+        """Adapt the backbone in place; ``weights_follow`` saves the search for a start that a checkpoint replaces."""
+        if self.kind == "lora":
+            return add_lora(network, self.rank)
+        if self.kind == "qlora" or weights_follow:
+            return quantize_backbone(network, self.rank, start="lora")
+        return quantize_backbone(network, self.rank, self.iterations)
+
+
+def save_multitask(
+    path: str | os.PathLike,
+    network: nn.Module,
+    model: str,
+    config: Any,
+    adaptation: Adaptation | None = None,
+    *,
+    extra: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a network atomically.
+
+    Args:
+        path: safetensors file.
+        network: built by :func:`csimodels.models.multitask_baselines.build_network` from ``model`` and ``config``, and
+            adapted by ``adaptation``.
+        extra: JSON-serialisable entries of the metadata.
+    """
+    metadata = {
+        "format": _FORMAT,
+        "version": __version__,
+        "model": model,
+        "config": dataclasses.asdict(getattr(network, "config", config)),
+        "adaptation": None if adaptation is None else dataclasses.asdict(adaptation),
+        **(extra or {}),
+    }
+    save_tensors(path, network.state_dict(), metadata)
+
+
+def load_multitask(path: str | os.PathLike) -> tuple[nn.Module, dict[str, Any]]:
+    """Read what :func:`save_multitask` wrote.
+
+    Returns:
+        The network in eval mode, and the metadata: ``model``, ``config``, ``adaptation`` and the extra entries.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not such a network, or one that is not whole.
+        ImportError: the backbone needs the extra ``llm``.
+    """
+    tensors, metadata = load_format(path, _FORMAT, "a network of the physical-layer tasks")
+    with known(path, metadata), torch.random.fork_rng(devices=[]):  # the weights follow
+        config = config_from_dict(metadata["model"], metadata["config"])
+        network = build_network(metadata["model"], config, pretrained=False)
+        if metadata["adaptation"] is not None:
+            network = Adaptation(**metadata["adaptation"]).apply(network, weights_follow=True)
+    with fitting(path):
+        network.load_state_dict(tensors)
+    return network.eval(), metadata
