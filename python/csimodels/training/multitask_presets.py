@@ -73,7 +73,9 @@ class MultiTaskPreset:
             seed: of weights and batch order.
         """
         chosen = self.config.backbone if backbone is _PRESET else backbone
-        config = dataclasses.replace(self.config, tasks=tasks, backbone=chosen, prompt=prompt or self.config.prompt)
+        width = self.config.backbone.width if chosen is None and self.config.backbone is not None else None
+        prompt = prompt or self.config.prompt
+        config = dataclasses.replace(self.config, tasks=tasks, backbone=chosen, width=width, prompt=prompt)
         adapted = self.adaptation if adaptation is _PRESET else adaptation
         train = self._train(self.train, share, seed)
         return MultiTaskTraining(
