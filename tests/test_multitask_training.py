@@ -78,13 +78,13 @@ def test_served_users_have_unit_mean_power():
 
 def test_channels_are_kept_and_depend_on_what_defines_them(tmp_path, monkeypatch):
     h = SAMPLES.prediction("train", tmp_path)
-    assert h.shape == (24, 6, 5) and len(list(tmp_path.iterdir())) == 1
+    assert h.shape == (80, 6, 5) and len(list(tmp_path.iterdir())) == 1
     monkeypatch.setattr("csimodels.training.multitask_data.prediction_channels", None)
     assert torch.equal(SAMPLES.prediction("train", tmp_path), h)
-    odd = dataclasses.replace(SAMPLES, train=23)
-    assert torch.equal(odd.prediction("train", tmp_path), h[:23])  # the last UE's second antenna is not used
+    odd = dataclasses.replace(SAMPLES, train=79)
+    assert torch.equal(odd.prediction("train", tmp_path), h[:79])  # the last UE's second antenna is not used
     tenth = SAMPLES.fraction(0.1)
-    assert (tenth.train, tenth.validation, tenth.test) == (2, 1, 8)
+    assert (tenth.train, tenth.validation, tenth.test) == (8, 1, 8)
     fixed = dataclasses.replace(SAMPLES, name="other")
     with pytest.raises(TypeError, match="not callable"):
         fixed.prediction("train", tmp_path)
@@ -147,10 +147,10 @@ def test_validation_takes_every_sample_with_its_own_users():
 
 
 def test_a_training_lowers_every_loss_and_is_read_again(tmp_path):
-    chosen = training(train=dataclasses.replace(TRAIN, epochs=12), supervised_epochs=2)
+    chosen = training(train=dataclasses.replace(TRAIN, epochs=6), supervised_epochs=2)
     network = fit(chosen, tmp_path / "run")
     stages = log(tmp_path / "run")["stages"]
-    assert [stage["epochs"] for stage in stages] == [2, 10]
+    assert [stage["epochs"] for stage in stages] == [2, 4]
     entries = [entry for stage in stages for entry in stage["history"]]
     for task in TASKS:
         assert entries[-1][task] < entries[0][task], task
@@ -166,7 +166,7 @@ def test_a_training_lowers_every_loss_and_is_read_again(tmp_path):
         fit(dataclasses.replace(chosen, seed=1), tmp_path / "run")
 
 
-@pytest.mark.parametrize("kill_at", [2, 5])
+@pytest.mark.parametrize("kill_at", [4, 13])
 def test_a_killed_training_ends_as_an_unbroken_one(tmp_path, kill_at):
     chosen = training(adaptation=Adaptation("loftq", rank=2, iterations=2))
     whole = fit(chosen, tmp_path / "whole")
@@ -220,7 +220,7 @@ def test_the_start_of_qlora_is_the_quantised_network_and_loftq_is_closer():
 @pytest.mark.parametrize("kind", ["dnn", "detnet"])
 def test_a_detector_is_trained_by_the_same_code(tmp_path, kind):
     chosen = detector(kind)
-    network = fit(dataclasses.replace(chosen, train=dataclasses.replace(TRAIN, epochs=6)), tmp_path / "run")
+    network = fit(dataclasses.replace(chosen, train=dataclasses.replace(TRAIN, epochs=3)), tmp_path / "run")
     history = log(tmp_path / "run")["stages"][0]["history"]
     assert min(entry["detect"] for entry in history) < 0.5 and set(history[0]) >= {"detect", "loss", "validation"}
     loaded, metadata = load_multitask(tmp_path / "run" / "model.safetensors")

@@ -40,7 +40,7 @@ CONFIG = MultiTaskConfig(
     prediction_hidden=18,
 )
 DRAWING = Drawing(history=4, slots=2, min_users=2, max_users=3)
-SAMPLES = TaskSamples("tiny", train=24, validation=8, test=8, antennas=2, users=3)
+SAMPLES = TaskSamples("tiny", train=80, validation=8, test=8, antennas=2, users=3)
 TRAIN = TrainConfig(epochs=2, batch_size=8, learning_rate=3e-3, weight_decay=0.0, save_every=2)
 PRESET = MultiTaskPreset(
     "tiny",
