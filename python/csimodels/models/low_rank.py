@@ -11,6 +11,7 @@ The paper writes a weight as d_1 x d_2 with W + A B^T; here as everywhere in tor
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from typing import Any, TypeVar
@@ -66,6 +67,8 @@ def add_lora(
     """
     base, layers = plain_projections(model, rank)
     alpha = check_alpha(alpha, rank)
+    # bitsandbytes, which peft imports, warns of a 4-bit kernel that it has not; none of its kernels is used here.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         import peft
     except ImportError:
