@@ -393,8 +393,8 @@ class DetectionEncoder(nn.Module):
     - ``"raw"``: of all received vectors, the same for all users, as the paper's words have it.
     - ``"matched"`` (default): of the user's matched filter output z_k = h_k^H y / |h_k|^2 in all slots, and of R z,
       R^2 z, ..., ``matched_terms`` in all. R is what the filter lets through of the other users, h_k^H h_j / |h_k|^2
-      with a zero diagonal, divided by its largest row sum where that exceeds 1, so that powers stay bounded for users
-      in one direction. No noise power, no inverse, no place for a certain number of users.
+      with a zero diagonal, divided by the largest row sum of the correlations h_k^H h_j / |h_k| |h_j| where that
+      exceeds 1, so that powers stay bounded for users in one direction, however their gains differ. No noise power, no inverse, no place for a certain number of users.
 
     The products of channel and received signal are what a network of this kind does not find by itself. Measured with
     :meth:`MultiTaskConfig.laptop` after 600 steps of 64 random clustered channels with 4 to 8 users: NMSE averaged over
@@ -418,8 +418,10 @@ class DetectionEncoder(nn.Module):
             received = self.received(_reals(y).flatten(1).to(dtype))[:, None].expand(-1, h.shape[-1], -1)
             return self.project(torch.cat([channel, received], -1))
         norm = _norms(h)
-        leakage = _correlations(h, norm) * (norm[:, None] / norm[..., None])
-        leakage = leakage / leakage.abs().sum(-1).amax(-1).clamp(min=1)[:, None, None]
+        correlation = _correlations(h, norm)
+        # Bounded where the correlations are: a similar matrix, whose rows do not grow with the ratio of users' gains.
+        correlation = correlation / correlation.abs().sum(-1).amax(-1).clamp(min=1)[:, None, None]
+        leakage = correlation * (norm[:, None] / norm[..., None])
         terms = [(h.mH @ y.mT) / norm.square()[..., None]]
         for _ in range(self.terms - 1):
             terms.append(leakage @ terms[-1])
