@@ -11,6 +11,7 @@ from command_line import refuse, succeed
 from tiny_multitask import CONFIG, DRAWING, PRESET, SAMPLES, TRAIN, add_sets, detector, training
 
 from csimodels.channels.multitask_file import read_multitask, write_multitask
+from csimodels.evaluation.detection import qam_demodulate, qam_modulate
 from csimodels.evaluation.metrics import nmse_db, sum_rate
 from csimodels.multitask_inference import load_network
 from csimodels.training.loop import make_accelerator
@@ -95,7 +96,9 @@ def test_detect_tells_errors_of_known_symbols(files, model, tmp_path):
     truth = read_multitask(files["detect"], ["symbols"])["symbols"]
     found = re.search(r"NMSE ([0-9.]+), SER ([0-9.]+)", text)
     expected = ((estimate - truth).abs().square().sum() / truth.abs().square().sum()).item()
-    assert float(found[1]) == pytest.approx(expected, abs=1e-4) and 0 <= float(found[2]) <= 1
+    assert float(found[1]) == pytest.approx(expected, abs=1e-4)
+    wrong = (qam_demodulate(estimate, 16) != qam_demodulate(truth, 16)).float().mean().item()
+    assert float(found[2]) == pytest.approx(wrong, abs=1e-5)
 
 
 def test_merged_weights_give_the_same(files, model, tmp_path):
@@ -139,11 +142,29 @@ def test_bad_input_ends_in_one_line(files, model, tmp_path):
     )
     assert "task: expected one of" in refuse("multitask", "generate", out, "--task", "sing")
     assert "adaptation: expected one of" in refuse("multitask", "train", tmp_path / "r", "--adaptation", "x")
-    assert "adaptation, backbone: expected neither for rnn" in refuse(
+    assert "layers: expected only with a --backbone" in refuse("multitask", "train", tmp_path / "r", "--layers", "2")
+    assert "adaptation, backbone, tasks: expected none for rnn" in refuse(
         "multitask", "train", tmp_path / "r", "--model", "rnn", "--backbone", "none"
     )
     assert "backbone: expected family:source" in refuse("multitask", "train", tmp_path / "r", "--backbone", "gpt2")
+    arrays = read_multitask(files["detect"], ["channels", "received", "noise_power", "symbols"]).arrays
+    points = qam_modulate(torch.arange(36).reshape(6, 2, 3), 64)
+    write_multitask(tmp_path / "other.npz", {**arrays, "symbols": points})
+    told = refuse("detect", tmp_path / "other.npz", out, "--model", model)
+    assert "symbols: expected 16-QAM of unit power, as the network detects, got" in told
+    write_multitask(tmp_path / "long.npz", {"history": h[:, :4], "future": h[:, :3]})
+    assert "future: expected [3, 2, 5], got [3, 3, 5]" in refuse(
+        "predict", tmp_path / "long.npz", out, "--model", model
+    )
     assert not out.exists() and not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize("task", CONFIG.tasks)
+def test_a_file_is_not_written_over_what_is_read(files, model, task):
+    before = files[task].read_bytes()
+    told = refuse(task, files[task], files[task], "--model", model)
+    assert told.endswith("expected another file than the one that is read")
+    assert files[task].read_bytes() == before
 
 
 def test_a_baseline_detects_files_too(files, tmp_path):

@@ -13,11 +13,13 @@ from matplotlib import image
 from tiny_multitask import PRESET, SAMPLES, add_sets
 from tiny_runs import remembering
 
-from csimodels.channels.transmission import add_noise
+from csimodels.channels.transmission import add_noise, draw_uplink
 from csimodels.evaluation import multitask_settings
+from csimodels.evaluation.detection import lmmse
 from csimodels.evaluation.experiments import EXPERIMENTS
 from csimodels.evaluation.metrics import sum_rate
 from csimodels.evaluation.multitask_runs import Conditions, MultiTaskRun, pooled_db, run_task
+from csimodels.evaluation.multitask_scores import detection_scores
 from csimodels.evaluation.multitask_settings import MULTI, SINGLE, Settings
 from csimodels.evaluation.outcome import Context
 from csimodels.evaluation.precoding import wmmse
@@ -114,6 +116,7 @@ def test_prediction(tiny, tmp_path, folder, name, header):
         error += (heard[:, 3:] - one[:, 4:]).abs().square().sum().item()
         power += one[:, 4:].abs().square().sum().item()
     assert float(table["last slot"][0]) == pytest.approx(10 * torch.tensor(error / power).log10().item(), abs=0.006)
+    assert "Trainable parameters: GRU 0.00 M" in report
     assert float(table["last slot"][1 if name == "fig5" else 0]) > float(table["last slot"][0 if name == "fig5" else 1])
 
 
@@ -146,7 +149,7 @@ def test_precoding(tiny, tmp_path, folder, name, header):
 
 
 @pytest.mark.parametrize("name, value", [("fig9", "nmse"), ("fig10", "ser")])
-def test_detection(tiny, tmp_path, name, value):
+def test_detection(tiny, tmp_path, folder, name, value):
     rows, report = run_experiment(f"multitask-{name}", tmp_path)
     header, table = table_of(report)
     assert header[1:] == ["0 dB", "20 dB"] and list(table) == DETECT
@@ -154,6 +157,15 @@ def test_detection(tiny, tmp_path, name, value):
         row = select(rows, label=label, condition="detect", snr_db=20)[0]
         assert table[label][1] == f"{row[value]:.5f}"
     assert float(table["LMMSE"][1]) < float(table["LMMSE"][0])
+    # LMMSE by itself: the shrunken estimate has the smaller error, the other makes the decisions.
+    h, expected = channels(folder), 0.0
+    draws = torch.Generator().manual_seed(7)
+    for number, k in enumerate((2, 3)):
+        own = served(h[number::2], k)
+        y, symbols, noise_power = draw_uplink(own, 2, 16, 0, draws)
+        found = lmmse(own.unsqueeze(1), y, noise_power[:, None], unbiased=value == "ser")
+        expected += detection_scores(found, symbols, 16)[value] / 2
+    assert float(table["LMMSE"][0]) == pytest.approx(expected, abs=1e-5)
 
 
 def test_fig11_compares_prompts(tiny, tmp_path):
@@ -208,6 +220,8 @@ def test_costs(tiny, tmp_path):
         by_label[name] for name in ("float32, all weights trained", "float32 + LoRA", "NF4 + LoRA, float32")
     )
     assert lora["trainable_m"] == nf4["trainable_m"] < full["trainable_m"]
+    # Both keep the same activations; weights are none of them.
+    assert nf4["activations_mb"] == pytest.approx(lora["activations_mb"], rel=0.1)
     assert nf4["weights_mb"] < lora["weights_mb"] and lora["optimizer_mb"] < full["optimizer_mb"]
     assert all(row[name] > 0 for row in rows for name in ("step_ms", "inference_ms", "activations_mb"))
     assert len(table_of(report)[1]) == 5

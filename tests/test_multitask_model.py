@@ -444,3 +444,10 @@ def test_prompts_longer_than_the_backbone_has_positions_for():
     model = network(config(backbone=language(positions=20)))
     with pytest.raises(ValueError, match="expected at most 20 tokens with the prefix"):
         model.predict(*inputs("predict"))
+
+
+def test_detection_does_not_depend_on_the_unit_of_the_signals():
+    model = network()
+    h, y = inputs("detect")
+    with torch.no_grad():
+        torch.testing.assert_close(model("detect", 1e-5 * h, 1e-5 * y), model("detect", h, y), rtol=1e-3, atol=1e-5)

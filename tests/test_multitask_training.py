@@ -18,6 +18,7 @@ from csimodels.evaluation.precoding import structured_precoder, wmmse_parameters
 from csimodels.models.detnet import layer_loss
 from csimodels.models.multitask import TASKS
 from csimodels.models.multitask_baselines import NAMES, TASK_OF, baseline_config, build_network, config_from_dict
+from csimodels.training import multitask
 from csimodels.training.loop import make_accelerator
 from csimodels.training.multitask import MultiTaskTraining, task_losses, train_multitask, validation_losses
 from csimodels.training.multitask_data import DRAW, NOISE_POWER, Noise, seeded, served
@@ -74,6 +75,8 @@ def test_served_users_have_unit_mean_power():
     two = served(h, 2)
     torch.testing.assert_close(two.abs().square().mean((1, 2)), torch.ones(5))
     torch.testing.assert_close(two[..., 1] / two[..., 0], h[..., 1] / h[..., 0])
+    with pytest.raises(ValueError, match="users: expected at most the 3 of the channels, got 4"):
+        served(h, 4)
 
 
 def test_channels_are_kept_and_depend_on_what_defines_them(tmp_path, monkeypatch):
@@ -117,20 +120,47 @@ def test_losses_are_those_of_the_equations():
     loss = task_losses(model, {"detect": (h, snr, users, seeds)}, DRAWING)["detect"]
     torch.testing.assert_close(loss, layer_loss(answers["detect"], x))
 
-    h, power, users = drawn("precode")
+    h, power, users, supervised = drawn("precode")
+    assert not supervised.any()
     used = served(h, int(users[0]))
     shares = torch.rand(8, used.shape[-1], generator=torch.Generator().manual_seed(3))
     lambdas = p = shares / shares.sum(1, keepdim=True) * power[:, None]
     answers["precode"] = (lambdas, p)
-    loss = task_losses(model, {"precode": (h, power, users)}, DRAWING)["precode"]
+    loss = task_losses(model, {"precode": (h, power, users, supervised)}, DRAWING)["precode"]
     expected = sum_rate(used, structured_precoder(used, lambdas, p, NOISE_POWER), NOISE_POWER).mean()
     torch.testing.assert_close(loss, -expected)
-    loss = task_losses(model, {"precode": (h, power, users)}, DRAWING, supervised=True)["precode"]
+    loss = task_losses(model, {"precode": (h, power, users, ~supervised)}, DRAWING)["precode"]
     wanted = wmmse_parameters(used, power, NOISE_POWER)
     squares = ((lambdas - wanted[0]).square() + (p - wanted[1]).square()) / power[:, None].square()
     torch.testing.assert_close(loss, squares.mean() / 2)
     answers["precode"] = wanted
-    assert task_losses(model, {"precode": (h, power, users)}, DRAWING, supervised=True)["precode"] == 0
+    assert task_losses(model, {"precode": (h, power, users, ~supervised)}, DRAWING)["precode"] == 0
+
+
+def test_wmmse_supervises_the_first_epochs_alone(tmp_path, monkeypatch):
+    seen = []
+    genuine = multitask.task_losses
+
+    def spied(model, drawn, drawing):
+        if model.training:
+            seen.append(bool(drawn["precode"][-1][0]))
+        return genuine(model, drawn, drawing)
+
+    monkeypatch.setattr(multitask, "task_losses", spied)
+    fit(dataclasses.replace(single("precode"), train=dataclasses.replace(TRAIN, epochs=3)), tmp_path / "run")
+    assert seen == [True] * 10 + [False] * 20  # 80 samples in batches of 8, one epoch of three
+
+
+def test_a_log_is_there_before_the_model(tmp_path, monkeypatch):
+    def full(*arguments, **options):
+        raise OSError("disk full")
+
+    chosen = single("predict")
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
+        patch.setattr(multitask, "save_multitask", full)
+        fit(chosen, tmp_path / "run")
+    fit(chosen, tmp_path / "run", on_step=KillAt(1))  # from the last state: no step is left
+    assert len(log(tmp_path / "run")["history"]) == 2
 
 
 def test_validation_takes_every_sample_with_its_own_users():
@@ -149,11 +179,12 @@ def test_validation_takes_every_sample_with_its_own_users():
 def test_a_training_lowers_every_loss_and_is_read_again(tmp_path):
     chosen = training(train=dataclasses.replace(TRAIN, epochs=6), supervised_epochs=2)
     network = fit(chosen, tmp_path / "run")
-    stages = log(tmp_path / "run")["stages"]
-    assert [stage["epochs"] for stage in stages] == [2, 4]
-    entries = [entry for stage in stages for entry in stage["history"]]
+    told = log(tmp_path / "run")
+    entries = told["history"]
+    assert len(entries) == 6
     for task in TASKS:
         assert entries[-1][task] < entries[0][task], task
+    assert told["best_validation"] == min(entry["validation"] for entry in entries)
     weighted = entries[-1]["predict"] + 5 * entries[-1]["detect"] + 0.2 * entries[-1]["precode"]
     assert entries[-1]["validation"] == pytest.approx(weighted)  # eq. 36
     before = (tmp_path / "run" / "model.safetensors").stat().st_mtime_ns
@@ -197,9 +228,7 @@ def test_a_4_bit_backbone_trains_on_the_compiled_kernel_as_on_the_reference(tmp_
     for backend in ("cpp", "reference"):
         with csikernels.use_backend(backend):
             states[backend] = fit(chosen, tmp_path / backend).state_dict()
-        histories[backend] = [
-            entry["validation"] for stage in log(tmp_path / backend)["stages"] for entry in stage["history"]
-        ]
+        histories[backend] = [entry["validation"] for entry in log(tmp_path / backend)["history"]]
     assert histories["cpp"] == pytest.approx(histories["reference"], rel=1e-3)
     packed = [name for name in states["cpp"] if name.endswith("packed")]
     assert len(packed) == 4 and all(torch.equal(states["cpp"][name], states["reference"][name]) for name in packed)
@@ -221,7 +250,7 @@ def test_the_start_of_qlora_is_the_quantised_network_and_loftq_is_closer():
 def test_a_detector_is_trained_by_the_same_code(tmp_path, kind):
     chosen = detector(kind)
     network = fit(dataclasses.replace(chosen, train=dataclasses.replace(TRAIN, epochs=3)), tmp_path / "run")
-    history = log(tmp_path / "run")["stages"][0]["history"]
+    history = log(tmp_path / "run")["history"]
     assert min(entry["detect"] for entry in history) < 0.5 and set(history[0]) >= {"detect", "loss", "validation"}
     loaded, metadata = load_multitask(tmp_path / "run" / "model.safetensors")
     assert (metadata["model"], metadata["tasks"], metadata["order"]) == (kind, ["detect"], 16)
@@ -232,7 +261,7 @@ def test_a_detector_is_trained_by_the_same_code(tmp_path, kind):
 def test_a_single_task_trains_its_own_parts_alone(tmp_path, task):
     network = fit(single(task), tmp_path / "run")
     assert list(network.encoders) == [task]
-    assert [stage["epochs"] for stage in log(tmp_path / "run")["stages"]] == ([1, 1] if task == "precode" else [2])
+    assert [set(entry) & set(TASKS) for entry in log(tmp_path / "run")["history"]] == [{task}] * 2
 
 
 def test_every_network_of_the_presets_is_rebuilt_from_its_file(tmp_path):
@@ -272,6 +301,8 @@ def test_trainings_that_make_no_sense_are_refused():
     ):
         with pytest.raises(ValueError, match=message):
             training(**changes)
+    with pytest.raises(ValueError, match="drawing: expected order 16, as the configuration has, got 64"):
+        training(drawing=dataclasses.replace(DRAWING, order=64))
     with pytest.raises(ValueError, match="adaptation: expected None for dnn"):
         dataclasses.replace(detector("dnn"), adaptation=Adaptation())
     with pytest.raises(ValueError, match="kind: expected one of lora, loftq, qlora, got 'x'"):

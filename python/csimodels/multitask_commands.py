@@ -58,7 +58,9 @@ def generate(
             kept: dict[str, Any] = {"speed_kmh": speed, "antennas": antennas, "generator": generator}
             h, speeds = prediction_channels(channels, split, samples, **kept)
             history, future = h[:, :, :HISTORY], h[:, :, HISTORY:]
-            arrays = {"history": add_noise(history, snr_db, noise), "future": future, "speed_kmh": speeds}
+            # Each antenna's history has the SNR, as in training and tests.
+            heard = add_noise(history.flatten(0, 1), snr_db, noise).unflatten(0, history.shape[:2])
+            arrays = {"history": heard, "future": future, "speed_kmh": speeds}
             parameters["snr_db"] = snr_db
         else:
             h = served(multiuser_channels(channels, split, samples, users=users, generator=generator), users)
@@ -80,7 +82,9 @@ def train(
             help="multitask, or one to compare with: rnn, lstm, gru, transformer, llm4cp; cnn; dnn, detnet, oampnet"
         ),
     ] = "multitask",
-    tasks: Annotated[str, typer.Option(help="of multitask: some of predict,detect,precode")] = "predict,detect,precode",
+    tasks: Annotated[
+        str | None, typer.Option(help="of multitask: some of predict,detect,precode; default: all")
+    ] = None,
     preset: Annotated[str, typer.Option(help="laptop (for two CPU cores) or paper (the paper's sizes)")] = "laptop",
     adaptation: Annotated[
         str | None,
@@ -109,6 +113,7 @@ def train(
     Example: csimodels multitask train runs/multitask
     """
     with reported():
+        from csimodels.models.multitask import TASKS
         from csimodels.models.multitask_baselines import MULTITASK
         from csimodels.training.loop import make_accelerator
         from csimodels.training.multitask import train_multitask
@@ -121,15 +126,20 @@ def train(
             changed = {"name": channels, "train": samples, "validation": samples and max(1, samples // 5)}
             given = {name: value for name, value in changed.items() if value is not None}
             sizes = dataclasses.replace(sizes, samples=dataclasses.replace(sizes.samples, **given))  # type: ignore[arg-type]
+        if layers is not None and backbone in (None, "none"):
+            raise ValueError(f"layers: expected only with a --backbone, got {layers}")
+        if backbone == "none" and adaptation is not None:
+            raise ValueError(f"adaptation: expected none without a backbone, got {adaptation!r}")
         if model == MULTITASK:
             chosen: dict[str, Any] = {}
             if adaptation is not None:
                 chosen["adaptation"] = _adaptation(adaptation, sizes.rank)
             if backbone is not None:
                 chosen["backbone"] = _backbone(sizes, backbone, layers)
-            training = sizes.multitask(tuple(part.strip() for part in tasks.split(",")), seed=seed, **chosen)
-        elif adaptation is not None or backbone is not None:
-            raise ValueError(f"adaptation, backbone: expected neither for {model}, which has none to choose")
+            parts = None if tasks is None else tuple(part.strip() for part in tasks.split(","))
+            training = sizes.multitask(parts or TASKS, seed=seed, **chosen)
+        elif (adaptation, backbone, tasks) != (None, None, None):
+            raise ValueError(f"adaptation, backbone, tasks: expected none for {model}, which has nothing to choose")
         else:
             training = sizes.baseline(model, seed=seed)
         training = training.optimised(epochs=epochs, batch_size=batch_size, learning_rate=learning_rate)

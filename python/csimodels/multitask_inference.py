@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from csimodels.channels.multitask_file import MultiTaskFile, read_multitask, write_multitask
-from csimodels.evaluation.detection import qam_demodulate
+from csimodels.evaluation.detection import qam_demodulate, qam_modulate
 from csimodels.evaluation.metrics import nmse_db, sum_rate
 from csimodels.evaluation.multitask_scores import detection_scores
 from csimodels.evaluation.precoding import structured_precoder
@@ -86,16 +86,17 @@ def predict_file(network: TaskNetwork, source: Path, out: Path) -> dict[str, Any
     Raises:
         FileNotFoundError, ValueError: of the file, or histories that the network refuses (T1 slots, M subcarriers).
     """
+    _check_out(source, out)
     file = read_multitask(source, ["history"], optional=["future"])
     history = file["history"]
     flat = history.flatten(0, 1) if history.dim() == 4 else history
     future = network.run("predict", flat)
     future = future.unflatten(0, history.shape[:2]) if history.dim() == 4 else future
+    if "future" in file and file["future"].shape != future.shape:
+        raise ValueError(f"{source}: future: expected {list(future.shape)}, got {list(file['future'].shape)}")
     write_multitask(out, {"future": future}, _parameters(network, file))
     result: dict[str, Any] = {"samples": len(history)}
     if "future" in file:
-        if file["future"].shape != future.shape:
-            raise ValueError(f"{source}: future: expected {list(future.shape)}, got {list(file['future'].shape)}")
         result["nmse_db"] = nmse_db(file["future"].flatten(1), future.flatten(1), reduction="ratio_of_sums").item()
     return result
 
@@ -114,6 +115,7 @@ def precode_file(network: TaskNetwork, source: Path, out: Path, *, power: float,
     Raises:
         FileNotFoundError, ValueError: of the file, or channels that the network refuses (antennas, users).
     """
+    _check_out(source, out)
     file = read_multitask(source, ["channels"])
     h = file["channels"]
     lambdas, p = network.run("precode", h, torch.full((len(h),), power), noise_power)
@@ -137,14 +139,32 @@ def detect_file(network: TaskNetwork, source: Path, out: Path) -> dict[str, Any]
     Raises:
         FileNotFoundError, ValueError: of the file, or arrays that the network refuses.
     """
+    _check_out(source, out)
     file = read_multitask(source, ["channels", "received", "noise_power"], optional=["symbols"])
+    truth = _symbol_indices(source, file, network.order) if "symbols" in file else None
     estimate = network.run("detect", file["channels"], file["received"], file["noise_power"])
     write_multitask(out, {"symbols": estimate}, _parameters(network, file))
     result: dict[str, Any] = {"samples": len(estimate)}
-    if "symbols" in file:
-        truth = qam_demodulate(file["symbols"], network.order)
+    if truth is not None:
         result |= detection_scores(estimate, truth, network.order)
     return result
+
+
+def _check_out(source: Path, out: Path) -> None:
+    if source.resolve() == out.resolve():
+        raise ValueError(f"{out}: expected another file than the one that is read")
+
+
+def _symbol_indices(source: Path, file: MultiTaskFile, order: int) -> Tensor:
+    """Indices of the file's symbols, which must be points of the network's constellation."""
+    indices = qam_demodulate(file["symbols"], order)
+    off = (qam_modulate(indices, order) - file["symbols"]).abs() > 1e-3
+    if off.any():
+        raise ValueError(
+            f"{source}: symbols: expected {order}-QAM of unit power, as the network detects, got {int(off.sum())} of "
+            f"{off.numel()} that are none"
+        )
+    return indices
 
 
 def _parameters(network: TaskNetwork, file: MultiTaskFile) -> dict[str, Any]:

@@ -76,7 +76,7 @@ def _measure(s: Settings, variant: Variant) -> Row:
         with _precision(variant):
             network("predict", history)
 
-    with _saved_bytes() as saved:
+    with _saved_bytes(network) as saved:
         step()
     step_ms = _median_ms(step, s.repeats)
     network.eval()
@@ -102,13 +102,14 @@ def _bytes(tensor: Tensor) -> int:
 
 
 @contextlib.contextmanager
-def _saved_bytes() -> Iterator[list[int]]:
-    """Bytes that autograd keeps for the backward pass, each storage counted once; parameters are no part of them."""
-    total, seen = [0], set()
+def _saved_bytes(network: nn.Module) -> Iterator[list[int]]:
+    """Bytes that autograd keeps for the backward pass, each storage counted once; the network's own are no part."""
+    own = [*network.parameters(), *network.buffers()]
+    total, seen = [0], {tensor.untyped_storage().data_ptr() for tensor in own}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if not isinstance(tensor, nn.Parameter) and storage.data_ptr() not in seen:
+        if storage.data_ptr() not in seen:
             seen.add(storage.data_ptr())
             total[0] += storage.nbytes()
         return tensor

@@ -1,9 +1,9 @@
 """The experiments of the multi-task network, section V: Figs. 5 to 13, Tables I to III, and what it costs.
 
 Each experiment is a function of a :class:`Settings` that returns an :class:`Outcome`. All share one row file and one
-folder of checkpoints, so a network that several figures show is trained and scored once. Besides the paper's methods
-every figure has those that need no network: the last slot and the linear MMSE predictor, MMSE and WMMSE precoding,
-LMMSE detection.
+folder of checkpoints, so a network that several figures show is trained once. Besides the paper's methods the figures
+of each task have those that need no network: the last slot and the linear MMSE predictor (told the SNR), MMSE and WMMSE
+precoding, LMMSE detection.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from csimodels.evaluation.multitask_settings import (
     labels,
     score_cells,
     scores,
+    sizes_line,
 )
 from csimodels.evaluation.outcome import Outcome
 from csimodels.evaluation.tables import markdown_table
@@ -43,6 +44,7 @@ def _prediction(s: Settings, name: str, x: str, number: str, title: str, **match
     found = curves(rows, x, pooled_db, condition="predict", **match)
     unit = {"speed_kmh": "km/h", "snr_db": "dB"}[x]
     report = f"NMSE of prediction in dB, {title}:\n\n" + curve_table(found, lambda place: f"{place:g} {unit}", ".2f")
+    report += sizes_line(rows)
     x_label = {"speed_kmh": "speed of the UE (km/h)", "snr_db": "SNR of the history (dB)"}[x]
     return Outcome(rows, report, drawing(s, name, {_NMSE_DB: found}, x_label, number))
 
@@ -73,6 +75,7 @@ def _precoding(s: Settings, name: str, x: str, number: str, title: str, x_label:
     found = curves(chosen, x, _rate, condition="precode", **match)
     unit = {"power_dbw": " dBW", "users": " users", "channel_snr_db": " dB"}[x]
     report = f"S{_RATE[1:]}, {title}:\n\n" + curve_table(found, lambda place: f"{place:g}{unit}", ".2f")
+    report += sizes_line(rows)
     return Outcome(rows, report, drawing(s, name, {_RATE: found}, x_label, number))
 
 
@@ -101,7 +104,7 @@ def _detection(s: Settings, name: str, value: str, number: str, y_label: str) ->
     rows = s.run(s.methods("detect"))
     found = curves(rows, "snr_db", lambda own: own[0][value], condition="detect")
     report = f"{y_label} of detection, 4 to 8 users, {s.sizes.drawing.order}-QAM:\n\n"
-    report += curve_table(found, lambda place: f"{place:g} dB", ".5f")
+    report += curve_table(found, lambda place: f"{place:g} dB", ".5f") + sizes_line(rows)
     return Outcome(rows, report, drawing(s, name, {y_label: found}, "SNR (dB)", number))
 
 

@@ -110,7 +110,7 @@ class MultiTaskRun:
         made_of = self.method if self.training is None else self.training.described()
         other = dataclasses.replace(self.samples, name=self.conditions.other_set)
         samples = [self.samples.described(), other.described()]
-        return json_digest([self.label, made_of, samples, self.drawing, self.conditions])[:16]
+        return json_digest([self.label, made_of, samples, self.drawing, self.conditions, NOISE_POWER, _SEED])[:16]
 
 
 def run_task(run: MultiTaskRun) -> list[Row]:
@@ -122,12 +122,11 @@ def run_task(run: MultiTaskRun) -> list[Row]:
     if run.training is not None:
         accelerator = make_accelerator(run.training.train, cpu=not torch.cuda.is_available())
         network = train_multitask(run.training, run.run_dir(), channels, accelerator=accelerator)
-        stages = json.loads((run.run_dir() / LOG).read_text())["stages"]
-        common |= {"seconds": sum(stage["seconds"] for stage in stages), **parameters(run.training)}
-        entries = [entry for stage in stages for entry in stage["history"]]
-        for epoch, entry in enumerate(entries, start=1):
+        log = json.loads((run.run_dir() / LOG).read_text())
+        common |= {"seconds": log["seconds"], **parameters(run.training)}
+        for entry in log["history"]:
             losses = {task: entry[task] for task in run.tasks}
-            rows.append({**common, **_UNSET, "condition": "epoch", "epoch": epoch, "losses": losses})
+            rows.append({**common, **_UNSET, "condition": "epoch", "epoch": entry["epoch"], "losses": losses})
     else:
         common |= {"seconds": None, "trainable": 0, "total": 0}
     for task in run.tasks:
@@ -197,11 +196,15 @@ def _detect(run: MultiTaskRun, network: nn.Module | None, folder: Path) -> Itera
             h = served(channels[group == number], k)
             y, symbols, noise_power = draw_uplink(h, run.drawing.slots, order, snr, generator)
             if network is None or run.training is None:
-                estimate = lmmse(h.unsqueeze(1), y, noise_power[:, None])
+                shared = h.unsqueeze(1), y, noise_power[:, None]
+                scores = detection_scores(lmmse(*shared), symbols, order)
+                # Decisions want the estimate without its shrinkage.
+                scores["ser"] = detection_scores(lmmse(*shared, unbiased=True), symbols, order)["ser"]
             else:
                 parts = zip(*(x.split(_BATCH) for x in (h, y, noise_power)), strict=True)
                 estimate = torch.cat([run_network(network, run.training.model, "detect", *part) for part in parts])
-            for name, value in detection_scores(estimate, symbols, order).items():
+                scores = detection_scores(estimate, symbols, order)
+            for name, value in scores.items():
                 totals[name] += value / len(run.conditions.users)
         yield {"snr_db": snr, **totals}
 

@@ -89,9 +89,9 @@ def settings(context: Context) -> Settings:
             for split in ("train", "validation"):
                 samples.prediction(split, folder / "channels")
                 samples.multiuser(split, folder / "channels")
+        sizes.samples.multiuser("test", folder / "channels")
         for name in (sizes.samples.name, conditions.other_set):
             test = dataclasses.replace(sizes.samples, name=name)
-            test.multiuser("test", folder / "channels")
             for speed in conditions.speeds_kmh:
                 test.prediction("test", folder / "channels", speed_kmh=speed)
         return run_tasks(run_task, tasks, context.out, workers=context.workers, on_done=context.on_done)
@@ -132,6 +132,13 @@ def curve_table(found: dict[str, Curve], header: Callable[[float], str], form: s
     places = next(iter(found.values()))[0]
     rows = [[label, *(format(value, form) for value in values)] for label, (_, values) in found.items()]
     return markdown_table(["method", *map(header, places)], rows)
+
+
+def sizes_line(rows: Iterable[Row]) -> str:
+    """What the networks' trainable parameters are, for below a table."""
+    found = {row["label"]: row["trainable"] for row in rows}
+    told = ", ".join(f"{label} {count / 1e6:.2f} M" for label, count in found.items() if count)
+    return f"\nTrainable parameters: {told}.\n"
 
 
 def scores(s: Settings, rows: Sequence[Row], label: str) -> dict[str, float | None]:

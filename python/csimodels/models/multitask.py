@@ -289,8 +289,8 @@ class MultiTaskPhy(nn.Module):
 
         Raises:
             TypeError: not complex tensors.
-            ValueError: other numbers of antennas, users or slots, batches or devices that differ, with
-                ``received="matched"`` a user of zero channel, or a network without this task.
+            ValueError: other numbers of antennas, users or slots, batches or devices that differ, a user of zero
+                channel, or a network without this task.
         """
         self._check_task("detect")
         self._check_channel(h)
@@ -394,7 +394,8 @@ class DetectionEncoder(nn.Module):
     - ``"matched"`` (default): of the user's matched filter output z_k = h_k^H y / |h_k|^2 in all slots, and of R z,
       R^2 z, ..., ``matched_terms`` in all. R is what the filter lets through of the other users, h_k^H h_j / |h_k|^2
       with a zero diagonal, divided by the largest row sum of the correlations h_k^H h_j / |h_k| |h_j| where that
-      exceeds 1, so that powers stay bounded for users in one direction, however their gains differ. No noise power, no inverse, no place for a certain number of users.
+      exceeds 1, so that powers stay bounded for users in one direction, however their gains differ. No noise power, no
+      inverse, no place for a certain number of users.
 
     The products of channel and received signal are what a network of this kind does not find by itself. Measured with
     :meth:`MultiTaskConfig.laptop` after 600 steps of 64 random clustered channels with 4 to 8 users: NMSE averaged over
@@ -413,6 +414,9 @@ class DetectionEncoder(nn.Module):
     def forward(self, h: Tensor, y: Tensor) -> Tensor:
         """``h`` complex ``[B, N_t, K]``, ``y`` complex ``[B, L_0, N_t]``; gives ``[B, K, width]``."""
         dtype = self.project.weight.dtype
+        # The channel's unit does not matter, nor does that of the received signal with it.
+        scale = math.sqrt(h.shape[1]) * _norms(h).square().mean(1).rsqrt()[:, None, None]
+        h, y = h * scale, y * scale
         channel = self.blocks(_users(h).to(dtype))
         if not self.terms:
             received = self.received(_reals(y).flatten(1).to(dtype))[:, None].expand(-1, h.shape[-1], -1)

@@ -1,8 +1,8 @@
 """Training of the multi-task network (eqs. 36 to 40), and of the networks that do one of its tasks.
 
 Source: Zheng and Dai, "Large Language Model Enabled Multi-Task Physical Layer Network", section IV-C. A training is one
-or two runs of the common :class:`csimodels.training.loop.Trainer`: where precoding is among the tasks, first supervised
-by WMMSE (eq. 38), then unsupervised (eq. 37); the other tasks are trained in both.
+run of the common :class:`csimodels.training.loop.Trainer`, with one schedule; in its first epochs precoding is
+supervised by WMMSE (eq. 38), then unsupervised (eq. 37).
 """
 
 from __future__ import annotations
@@ -31,10 +31,8 @@ from csimodels.training.multitask_file import FINGERPRINT, Adaptation, load_mult
 from csimodels.training.run_state import STATE
 
 WEIGHTS, LOG = "model.safetensors", "log.json"
-_TENSORS = dict(zip(TASKS, (3, 4, 3), strict=True))  # that DRAW gives for each task
+_TENSORS = dict(zip(TASKS, (3, 4, 4), strict=True))  # that DRAW gives for each task
 _VALIDATION_SEED = 2**31 - 1
-_SUPERVISED = "supervised"
-_UNSUPERVISED = "unsupervised"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,13 +73,15 @@ class MultiTaskTraining:
             raise ValueError(
                 f"supervised_epochs: expected 0 to below the {self.train.epochs} epochs, got {self.supervised_epochs}"
             )
+        if self.model == "multitask":
+            for name in ("history", "slots", "min_users", "max_users", "order"):
+                if getattr(self.config, name) != getattr(self.drawing, name):
+                    raise ValueError(
+                        f"drawing: expected {name} {getattr(self.config, name)}, as the configuration has, got "
+                        f"{getattr(self.drawing, name)}"
+                    )
         if self.supervised_epochs and "precode" not in self.tasks:
             raise ValueError(f"supervised_epochs: expected 0 without precoding, got {self.supervised_epochs}")
-
-    def stages(self) -> list[tuple[str, TrainConfig]]:
-        """How precoding is supervised, and how the stage is optimised."""
-        epochs = {_SUPERVISED: self.supervised_epochs, _UNSUPERVISED: self.train.epochs - self.supervised_epochs}
-        return [(name, dataclasses.replace(self.train, epochs=count)) for name, count in epochs.items() if count]
 
     def optimised(self, **changes: Any) -> MultiTaskTraining:
         """With other fields of :class:`TrainConfig`, those that are not None; precoding keeps its supervised share."""
@@ -91,8 +91,9 @@ class MultiTaskTraining:
         return dataclasses.replace(self, train=train, supervised_epochs=supervised)
 
     def described(self) -> dict[str, Any]:
-        """All fields, JSON-serialisable."""
-        return {**dataclasses.asdict(self), "samples": self.samples.described()}
+        """All fields and constants that a training depends on, JSON-serialisable."""
+        constants = {"loss_weights": LOSS_WEIGHTS, "noise_power": NOISE_POWER}
+        return {**dataclasses.asdict(self), "samples": self.samples.described(), **constants}
 
     def build(self) -> nn.Module:
         """The untrained network, adapted; its drawn weights are a function of ``seed``."""
@@ -136,21 +137,15 @@ def train_multitask(
         if metadata[FINGERPRINT] != fingerprint:
             raise ValueError(f"{path}: belongs to another training; choose another output folder or remove the file")
         return network
-    network = training.build()
-    loaded = {split: _load(training, split, channels) for split in ("train", "validation")}
-    results = []
-    for supervision, train in training.stages():
-        stage_dir = run_dir / supervision
-        trainer = _trainer(training, supervision, train, network, loaded, stage_dir, fingerprint, accelerator, on_step)
-        results.append(trainer.fit())
-        network = cast(_Joint, accelerator.unwrap_model(trainer.model)).network
-    network = network.cpu().eval()
+    trainer = _trainer(training, channels, run_dir / "run", fingerprint, accelerator, on_step)
+    result = trainer.fit()
+    network = cast(_Joint, accelerator.unwrap_model(trainer.model)).network.cpu().eval()
     if accelerator.is_main_process:
+        # The model comes last: where it is, all is.
+        write_json(run_dir / LOG, {**fingerprint, **_log(result)})
         extra = {"tasks": training.tasks, "order": training.drawing.order, FINGERPRINT: fingerprint}
         save_multitask(path, network, training.model, training.config, training.adaptation, extra=extra)
-        write_json(run_dir / LOG, {**fingerprint, "stages": [_log(result) for result in results]})
-        for supervision, _ in training.stages():  # several times the weights, and of no more use
-            (run_dir / supervision / STATE).unlink(missing_ok=True)
+        (run_dir / "run" / STATE).unlink(missing_ok=True)  # several times the weights, and of no more use
     accelerator.wait_for_everyone()
     return network
 
@@ -173,46 +168,48 @@ class _Joint(nn.Module):
 
 
 def _load(training: MultiTaskTraining, split: str, folder: Path) -> dict[str, Tensor]:
-    """Channels of each task."""
-    read = {"predict": training.samples.prediction, "detect": training.samples.multiuser}
-    read["precode"] = read["detect"]
-    return {task: read[task](split, folder) for task in training.tasks}
+    """Channels of each task; detection and precoding share theirs."""
+    channels: dict[str, Tensor] = {}
+    if "predict" in training.tasks:
+        channels["predict"] = training.samples.prediction(split, folder)
+    together = [task for task in training.tasks if task != "predict"]
+    if together:
+        channels |= dict.fromkeys(together, training.samples.multiuser(split, folder))
+    return channels
 
 
 def _trainer(
     training: MultiTaskTraining,
-    supervision: str,
-    train: TrainConfig,
-    network: nn.Module,
-    channels: Mapping[str, Mapping[str, Tensor]],
+    folder: Path,
     run_dir: Path,
     fingerprint: dict[str, Any],
     accelerator: Accelerator,
     on_step: Callable[[int, int, float], None] | None,
 ) -> Trainer:
-    drawing, tasks = training.drawing, training.tasks
+    drawing, tasks, train = training.drawing, training.tasks, training.train
+    channels, held_out = (_load(training, split, folder) for split in ("train", "validation"))
 
     def epoch_data(epoch: int) -> Batch:
-        # Each stage draws anew: its epochs are counted from 0 again.
-        seed = (train.seed * 2 + (supervision == _SUPERVISED)) * 1_000_003 + epoch
-        drawn = [DRAW[task](channels["train"][task], drawing, _generator(seed, task)) for task in tasks]
-        return [tensor for tensors in drawn for tensor in tensors]
+        seed = train.seed * 1_000_003 + epoch
+        drawn = {task: DRAW[task](channels[task], drawing, _generator(seed, task)) for task in tasks}
+        if epoch < training.supervised_epochs:
+            *others, supervised = drawn["precode"]
+            drawn["precode"] = (*others, torch.ones_like(supervised))
+        return [tensor for task in tasks for tensor in drawn[task]]
 
     def loss(model: nn.Module, batch: Batch) -> Tensor:
         remaining = iter(batch)
         drawn = {task: tuple(next(remaining) for _ in range(_TENSORS[task])) for task in tasks}
-        losses = task_losses(model, drawn, drawing, supervised=supervision == _SUPERVISED)
+        losses = task_losses(model, drawn, drawing)
         return sum((LOSS_WEIGHTS[task] * value for task, value in losses.items()), start=torch.zeros(()))
 
-    validation = {
-        task: DRAW[task](channels["validation"][task], drawing, _generator(_VALIDATION_SEED, task)) for task in tasks
-    }
+    validation = {task: DRAW[task](held_out[task], drawing, _generator(_VALIDATION_SEED, task)) for task in tasks}
 
     def validate(model: nn.Module) -> tuple[float, dict[str, float]]:
         values = validation_losses(model, validation, drawing, accelerator.device)
         return sum(LOSS_WEIGHTS[task] * value for task, value in values.items()), values
 
-    module = _Joint(network, training.model)
+    module = _Joint(training.build(), training.model)
     return Trainer(
         module,
         train,
@@ -221,7 +218,7 @@ def _trainer(
         validate,
         accelerator=accelerator,
         run_dir=run_dir,
-        fingerprint={**fingerprint, "stage": supervision},
+        fingerprint=fingerprint,
         groups=[{"params": [parameter for parameter in module.parameters() if parameter.requires_grad]}],
         on_step=on_step,
     )
@@ -231,10 +228,8 @@ def _generator(seed: int, task: str) -> torch.Generator:
     return torch.Generator().manual_seed(seed * len(TASKS) + TASKS.index(task))
 
 
-def task_losses(
-    model: nn.Module, drawn: Mapping[str, tuple[Tensor, ...]], drawing: Drawing, *, supervised: bool = False
-) -> dict[str, Tensor]:
-    """Each task's loss, not weighted: eq. 40, eq. 39, and eq. 37 or (``supervised``) eq. 38.
+def task_losses(model: nn.Module, drawn: Mapping[str, tuple[Tensor, ...]], drawing: Drawing) -> dict[str, Tensor]:
+    """Each task's loss, not weighted: eq. 40, eq. 39, and eq. 37 or, where WMMSE supervises, eq. 38.
 
     In eq. 38 powers are taken relative to P_max (decided: P_max differs between samples).
 
@@ -256,15 +251,15 @@ def task_losses(
         y, symbols, noise_power = draw_uplink(h, drawing.slots, drawing.order, snr_db, seeded(seeds))
         inputs["detect"], truth["detect"] = (h, y, noise_power), qam_modulate(symbols, drawing.order)
     if "precode" in drawn:
-        h, power, users = drawn["precode"]
+        h, power, users, supervised = drawn["precode"]
         h = served(h, int(users[0]))
-        inputs["precode"], truth["precode"] = (h, power, NOISE_POWER), (h, power)
+        inputs["precode"], truth["precode"] = (h, power, NOISE_POWER), (h, power, bool(supervised[0]))
     outputs = model(inputs)
     losses = {task: _squared_error(outputs[task], truth[task]) for task in ("predict", "detect") if task in drawn}
     if "precode" in drawn:
         lambdas, p = outputs["precode"]
-        h, power = truth["precode"]
-        losses["precode"] = _precoding_loss(lambdas, p, h, power, supervised=supervised)
+        h, power, by_wmmse = truth["precode"]
+        losses["precode"] = _precoding_loss(lambdas, p, h, power, supervised=by_wmmse)
     return losses
 
 

@@ -2,7 +2,9 @@
 
 Source: Zheng and Dai, "Large Language Model Enabled Multi-Task Physical Layer Network", section V-A. How the number of
 users and the power vary while training is left open there; decided: both are drawn anew for every sample in every
-epoch, and a batch takes its first sample's number of users, since samples of different numbers do not stack.
+epoch, and a batch takes its first sample's number of users, since samples of different numbers do not stack. With
+several processes each has its own part of the batch, hence its own number of users, symbols and noise: a training on
+two processes is as good as one on a single process, but not the same to the last bit.
 """
 
 from __future__ import annotations
@@ -124,9 +126,9 @@ def draw_detection(h: Tensor, drawing: Drawing, generator: torch.Generator) -> t
 
 
 def draw_precoding(h: Tensor, drawing: Drawing, generator: torch.Generator) -> tuple[Tensor, ...]:
-    """Channels, powers in W ``[n]`` and numbers of users int64 ``[n]``."""
+    """Channels, powers in W ``[n]``, numbers of users int64 ``[n]``, and whether WMMSE supervises, bool ``[n]``: no."""
     power = 10 ** (_uniform(len(h), drawing.noise.power_dbw, generator) / 10)
-    return h, power, _users(len(h), drawing, generator)
+    return h, power, _users(len(h), drawing, generator), torch.zeros(len(h), dtype=torch.bool)
 
 
 DRAW = dict(zip(TASKS, (draw_prediction, draw_detection, draw_precoding), strict=True))
@@ -137,7 +139,12 @@ def served(h: Tensor, users: int) -> Tensor:
 
     Args:
         h: complex ``[n, antenna, user]``; UEs keep their path loss relative to each other.
+
+    Raises:
+        ValueError: fewer than ``users`` UEs.
     """
+    if h.shape[-1] < users:
+        raise ValueError(f"users: expected at most the {h.shape[-1]} of the channels, got {users}")
     return normalize_power(h[..., :users])
 
 

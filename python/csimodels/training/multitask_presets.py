@@ -47,7 +47,7 @@ class MultiTaskPreset:
     def drawing(self) -> Drawing:
         """Of noise, symbols and users, as the configuration has them."""
         config = self.config
-        return Drawing(config.history, config.slots, config.min_users, config.max_users)
+        return Drawing(config.history, config.slots, config.min_users, config.max_users, config.order)
 
     def random_backbone(self) -> LanguageConfig | None:
         """The backbone's architecture without its weights."""
@@ -142,8 +142,8 @@ def multitask_preset(name: str) -> MultiTaskPreset:
                 "no backbone": None,
             },
             samples=TaskSamples("uma_nlos", train=50_000, validation=2_000, test=10_000),
-            train=TrainConfig(500, 100, 5e-4, 5e-6, weight_decay=0.0, mixed_precision="auto"),
-            baseline_train=TrainConfig(500, 100, 1e-3, 1e-5, weight_decay=0.0),
+            train=TrainConfig(500, 100, 5e-4, 5e-6, weight_decay=0.0, save_every=2_000, mixed_precision="auto"),
+            baseline_train=TrainConfig(500, 100, 1e-3, 1e-5, weight_decay=0.0, save_every=2_000),
             supervised_share=0.2,
             adaptation=Adaptation("lora"),
             cost_batch=100,
@@ -158,9 +158,9 @@ def multitask_preset(name: str) -> MultiTaskPreset:
             "no backbone": None,
         },
         samples=TaskSamples("uma_nlos", train=3_200, validation=320, test=200),
-        train=TrainConfig(12, 32, 1e-3, 1e-5, weight_decay=0.0, save_every=200),
-        baseline_train=TrainConfig(12, 32, 1e-3, 1e-5, weight_decay=0.0, save_every=200),
-        supervised_share=0.25,
+        train=TrainConfig(10, 32, 1e-3, 1e-5, weight_decay=0.0, save_every=200),
+        baseline_train=TrainConfig(10, 32, 1e-3, 1e-5, weight_decay=0.0, save_every=200),
+        supervised_share=0.2,
         adaptation=Adaptation("lora"),
         cost_batch=8,
     )
