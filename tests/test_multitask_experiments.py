@@ -186,9 +186,11 @@ def test_table1_compares_starts(tiny, tmp_path):
     _, report = run_experiment("multitask-table1", tmp_path, figure=False)
     header, table = table_of(report)
     assert header[1:] == ["NMSE of prediction (dB)", "NMSE of detection", "sum rate (bit/s/Hz)"]
-    assert list(table) == ["full precision", "NF4, LoftQ's start", "NF4, plain start (QLoRA)"]
-    kinds = {run.label: run.training.adaptation.kind for run in tiny.asked if run.label in table}
-    assert list(kinds.values()) == ["lora", "loftq", "qlora"]
+    names = ["full precision", "NF4, LoftQ's start", "NF4, plain start (QLoRA)"]
+    assert list(table) == [*names, *(f"another: {name}" for name in names)]
+    trainings = {run.label: run.training for run in tiny.asked if run.label in table}
+    assert [chosen.adaptation.kind for chosen in trainings.values()] == ["lora", "loftq", "qlora"] * 2
+    assert [chosen.config.backbone.layers for chosen in trainings.values()] == [1, 1, 1, 2, 2, 2]
 
 
 def test_table2_counts_parameters(tiny, tmp_path):

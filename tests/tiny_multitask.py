@@ -53,6 +53,7 @@ PRESET = MultiTaskPreset(
     adaptation=Adaptation("lora", rank=2),
     cost_batch=2,
     rank=2,
+    pretrained={"another": dataclasses.replace(BACKBONE, layers=2)},
 )
 
 

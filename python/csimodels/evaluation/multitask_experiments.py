@@ -155,7 +155,13 @@ def table1(s: Settings) -> Outcome:
         "NF4, LoftQ's start": "loftq",
         "NF4, plain start (QLoRA)": "qlora",
     }
-    runs = [s.multi(label, adaptation=Adaptation(kind, s.sizes.rank)) for label, kind in names.items()]
+    runs = []
+    for label, kind in names.items():
+        runs.append(s.multi(label, adaptation=Adaptation(kind, s.sizes.rank)))
+    for name, backbone in s.sizes.pretrained.items():
+        for label, kind in names.items():
+            chosen = {"adaptation": Adaptation(kind, s.sizes.rank), "backbone": backbone, "prompt": "identifier"}
+            runs.append(s.multi(f"{name}: {label}", **chosen))
     rows = s.run(runs)
     return Outcome(rows, _score_table(s, rows), None)
 

@@ -30,6 +30,8 @@ class MultiTaskPreset:
         supervised_share: of the epochs, those in which precoding follows WMMSE.
         adaptation: of the backbone. rank: of its low-rank matrices.
         cost_batch: samples of the steps that are timed.
+        pretrained: label -> pre-trained backbones for Table I, where that of ``config`` is random; with identifiers
+            alone for prompts, which a bidirectional model has to go through for every sample.
     """
 
     name: str
@@ -42,6 +44,7 @@ class MultiTaskPreset:
     adaptation: Adaptation | None
     cost_batch: int
     rank: int = 16
+    pretrained: dict[str, LanguageConfig] = dataclasses.field(default_factory=dict, hash=False)
 
     @property
     def drawing(self) -> Drawing:
@@ -121,7 +124,8 @@ def multitask_preset(name: str) -> MultiTaskPreset:
     The paper states 50,000 and 10,000 samples per task, 500 epochs, batches of 100 and rank 16; the learning rate, its
     schedule and how long precoding is supervised are decided, and so are samples for validation, which the paper does
     not mention. At ``laptop`` the backbone is random: no small pre-trained decoder can be had offline, and the
-    pre-trained MiniLM (``LanguageConfig.minilm()``) takes forty times as long per step.
+    pre-trained MiniLM (``LanguageConfig.minilm()``) takes forty times as long per step. Table I, which is about what
+    quantising takes from pre-trained weights, also has two of its layers, with short prompts.
 
     The learning rate of ``laptop`` was chosen by precoding: with 2e-3 the Transformer blocks of its encoder, normalised
     after the residual connections, collapsed to one output for all channels; with 1e-3 and 3e-4 they did not, and
@@ -163,4 +167,5 @@ def multitask_preset(name: str) -> MultiTaskPreset:
         supervised_share=0.2,
         adaptation=Adaptation("lora"),
         cost_batch=8,
+        pretrained={"MiniLM": LanguageConfig.minilm(2)},
     )
