@@ -25,9 +25,10 @@ from csimodels.files import write_json
 from csimodels.models.detnet import layer_loss
 from csimodels.models.multitask import LOSS_WEIGHTS, TASKS
 from csimodels.models.multitask_baselines import NAMES, TASK_OF, build_network, run_network, training_estimates
-from csimodels.training.loop import Batch, TrainConfig, Trainer, TrainResult
+from csimodels.training.loop import Batch, TrainConfig, Trainer
 from csimodels.training.multitask_data import DRAW, NOISE_POWER, Drawing, TaskSamples, seeded, served
-from csimodels.training.multitask_file import FINGERPRINT, Adaptation, load_multitask, save_multitask
+from csimodels.training.multitask_file import Adaptation, load_multitask, save_multitask
+from csimodels.training.network_file import FINGERPRINT, check_fingerprint
 from csimodels.training.run_state import STATE
 
 WEIGHTS, LOG = "model.safetensors", "log.json"
@@ -133,8 +134,7 @@ def train_multitask(
     path = run_dir / WEIGHTS
     if path.exists():
         network, metadata = load_multitask(path)
-        if metadata[FINGERPRINT] != fingerprint:
-            raise ValueError(f"{path}: belongs to another training; choose another output folder or remove the file")
+        check_fingerprint(path, metadata, fingerprint)
         return network
     network = training.build()
     loaded = {split: _load(training, split, channels) for split in ("train", "validation")}
@@ -148,16 +148,11 @@ def train_multitask(
     if accelerator.is_main_process:
         extra = {"tasks": training.tasks, "order": training.drawing.order, FINGERPRINT: fingerprint}
         save_multitask(path, network, training.model, training.config, training.adaptation, extra=extra)
-        write_json(run_dir / LOG, {**fingerprint, "stages": [_log(result) for result in results]})
+        write_json(run_dir / LOG, {**fingerprint, "stages": [result.log() for result in results]})
         for supervision, _ in training.stages():  # several times the weights, and of no more use
             (run_dir / supervision / STATE).unlink(missing_ok=True)
     accelerator.wait_for_everyone()
     return network
-
-
-def _log(result: TrainResult) -> dict[str, Any]:
-    fields = dataclasses.asdict(result)
-    return {**fields, "seconds": round(fields["seconds"], 1)}
 
 
 class _Joint(nn.Module):
