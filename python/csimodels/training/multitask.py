@@ -25,6 +25,7 @@ from csimodels.files import write_json
 from csimodels.models.detnet import layer_loss
 from csimodels.models.multitask import LOSS_WEIGHTS, TASKS
 from csimodels.models.multitask_baselines import NAMES, TASK_OF, build_network, run_network, training_estimates
+from csimodels.options import replace_given
 from csimodels.training.loop import Batch, TrainConfig, Trainer
 from csimodels.training.multitask_data import DRAW, NOISE_POWER, Drawing, TaskSamples, seeded, served
 from csimodels.training.multitask_file import Adaptation, load_multitask, save_multitask
@@ -86,8 +87,7 @@ class MultiTaskTraining:
 
     def optimised(self, **changes: Any) -> MultiTaskTraining:
         """With other fields of :class:`TrainConfig`, those that are not None; precoding keeps its supervised share."""
-        given = {name: value for name, value in changes.items() if value is not None}
-        train = dataclasses.replace(self.train, **given)
+        train = replace_given(self.train, **changes)
         supervised = min(round(self.supervised_epochs * train.epochs / self.train.epochs), train.epochs - 1)
         return dataclasses.replace(self, train=train, supervised_epochs=supervised)
 
