@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from csimodels.channels import clusters, multitask_data
+from csimodels.channels import clusters
 from csimodels.channels.moving_users import chosen_antennas, draw_users, slot_channels
 from csimodels.channels.multitask_data import (
     MULTITASK_SETS,
@@ -368,7 +368,7 @@ def test_bad_arguments_are_named(call, message):
 
 
 def test_without_sionna_the_extra_is_named(monkeypatch):
-    monkeypatch.setattr(multitask_data.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert "pip install 'csikernels[sionna]'" in multitask_set("uma_nlos", generator="sionna").unavailable()
     monkeypatch.setitem(__import__("sys").modules, "sionna", None)
     monkeypatch.setitem(__import__("sys").modules, "sionna.phy", None)
