@@ -189,3 +189,15 @@ def accelerator(fresh_accelerate: None) -> Accelerator:
     from csimodels.training.loop import make_accelerator
 
     return make_accelerator(TRAIN, cpu=True)
+
+
+@pytest.fixture(scope="module")
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One for all of a module's experiments, which share what they have in common."""
+    return tmp_path_factory.mktemp("experiments")
+
+
+@pytest.fixture(scope="module")
+def finished() -> dict[str, list]:
+    """Rows by task, as the row file keeps them for experiments that share tasks; see :mod:`tiny_runs`."""
+    return {}

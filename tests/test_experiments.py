@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 
 import pytest
-from matplotlib import image
+from experiment_reports import check_figure, run_experiment, table
 from tiny_lasco import adapt_config, save_random
+from tiny_runs import remembering
 from typer.testing import CliRunner
 
 from csimodels.commands import app
@@ -21,12 +21,6 @@ from csimodels.models.lasco import ADAPTED_METHODS, LABELS, METHODS
 
 ENVIRONMENTS, LENGTHS = (1101, 1102), (16, 32)
 pytestmark = pytest.mark.usefixtures("small_models")
-
-
-@pytest.fixture(scope="module")
-def finished() -> dict[str, list]:
-    """Rows by task, as the row file keeps them for experiments that share tasks."""
-    return {}
 
 
 @pytest.fixture(scope="module")
@@ -47,13 +41,7 @@ def checkpoint(tmp_path_factory):
 @pytest.fixture
 def tiny(checkpoint, finished, monkeypatch):
     """Runs ``csimodels experiment NAME`` at tiny settings; the tasks that it asked for are in ``tiny.tasks``."""
-
-    def run(tasks):
-        settings.tasks += tasks
-        for task in tasks:
-            if task.key() not in finished:
-                finished[task.key()] = run_task(task)
-        return [row for task in tasks for row in finished[task.key()]]
+    run, asked = remembering(run_task, finished)
 
     def settings(preset, store, out, *, workers, on_done):
         return Settings(
@@ -70,35 +58,9 @@ def tiny(checkpoint, finished, monkeypatch):
             run=run,
         )
 
-    settings.tasks = []
+    settings.tasks = asked
     monkeypatch.setattr(lasco_experiments, "settings", settings)
     return settings
-
-
-def run_experiment(name, out):
-    """The JSON and the Markdown that the command writes; its figure is checked here."""
-    result = CliRunner().invoke(app, ["experiment", name, "--out", str(out)])
-    assert result.exit_code == 0, result.output
-    assert f"wrote {out}/{name}.json, {out}/{name}.md and {out}/{name}.png" in result.output
-    check_figure(out / f"{name}.png")
-    record = json.loads((out / f"{name}.json").read_text())
-    assert (record["experiment"], record["preset"]) == (name, "laptop")
-    report = (out / f"{name}.md").read_text()
-    assert report.startswith(f"# {EXPERIMENTS[name][0]}\n\nPreset: laptop.\n")
-    return record["rows"], report
-
-
-def check_figure(path):
-    pixels = image.imread(path)
-    assert min(pixels.shape[:2]) > 300
-    assert pixels.std() > 0.02  # not an empty page
-
-
-def table(report, number=0):
-    """The report's table of that number: first cell -> the other cells; the header under its own first cell."""
-    blocks = [block for block in report.split("\n\n") if block.startswith("|")]
-    lines = [line[2:-2].split(" | ") for line in blocks[number].strip().splitlines()]
-    return {line[0]: line[1:] for line in lines if set(line[0]) != {"-"}}
 
 
 def test_list_names_every_experiment_with_its_figure():

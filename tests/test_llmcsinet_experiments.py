@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import re
 
 import pytest
 import torch
 from command_line import succeed
-from matplotlib import image
+from experiment_reports import run_experiment, table
 from tiny_runs import remembering
 
 from csimodels.evaluation import llmcsinet_runs, llmcsinet_settings
-from csimodels.evaluation.experiments import EXPERIMENTS
 from csimodels.evaluation.llmcsinet_runs import fit_quantizer, reconstruct, run_task, score, zf_rate
 from csimodels.evaluation.llmcsinet_settings import Settings
 from csimodels.evaluation.outcome import Context
@@ -39,21 +37,9 @@ NETWORKS = ["CRNet", "IdasNet", "LLMCsiNet-S"]
 METHODS = CLASSICAL + NETWORKS
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """One for all: experiments share what they have in common."""
-    return tmp_path_factory.mktemp("experiments")
-
-
-@pytest.fixture(scope="module")
-def finished():
-    return {}
-
-
 @pytest.fixture
-def tiny(folder, finished, monkeypatch):
+def tiny(shared_folder, finished, monkeypatch):
     """Runs experiments at tiny settings; the tasks that they asked for are in ``tiny.tasks``."""
-
     run, asked = remembering(run_task, finished)
 
     def settings(context):
@@ -62,7 +48,7 @@ def tiny(folder, finished, monkeypatch):
             baselines=("crnet", "idasnet"),
             few=("crnet", "idasnet"),
             classical=("largest", "pca"),
-            folder=folder / "checkpoints",
+            folder=shared_folder / "checkpoints",
             run=run,
             snrs_db=(0, 20),
             rate_snrs_db=(0, 20),
@@ -75,28 +61,6 @@ def tiny(folder, finished, monkeypatch):
     return settings
 
 
-def run_experiment(name, out, *, figure=True):
-    """Rows and report that the command writes; its figure is checked here."""
-    output = succeed("experiment", name, "--out", out)
-    if figure:
-        assert f"wrote {out}/{name}.json, {out}/{name}.md and {out}/{name}.png" in output
-        pixels = image.imread(out / f"{name}.png")
-        assert min(pixels.shape[:2]) > 300
-        assert pixels.std() > 0.02
-    else:
-        assert f"wrote {out}/{name}.json and {out}/{name}.md" in output
-    report = (out / f"{name}.md").read_text()
-    assert report.startswith(f"# {EXPERIMENTS[name].description}\n\nPreset: laptop.\n")
-    return json.loads((out / f"{name}.json").read_text())["rows"], report
-
-
-def table(report, number=0):
-    """The report's table of that number: first cell -> the other cells."""
-    blocks = [block for block in report.split("\n\n") if block.startswith("|")]
-    lines = [line[2:-2].split(" | ") for line in blocks[number].strip().splitlines() if line.startswith("|")]
-    return {line[0]: line[1:] for line in lines if set(line[0]) != {"-"}}
-
-
 def test_list_names_every_figure_and_table():
     out = succeed("experiment", "--list")
     for number in range(5, 13):
@@ -106,8 +70,8 @@ def test_list_names_every_figure_and_table():
     assert "lasco-fig6" in out
 
 
-def test_fig5_compares_all_methods_on_all_channels_at_all_ratios(tiny, folder):
-    rows, report = run_experiment("llmcsinet-fig5", folder)
+def test_fig5_compares_all_methods_on_all_channels_at_all_ratios(tiny, shared_folder):
+    rows, report = run_experiment("llmcsinet-fig5", shared_folder)
     cells = table(report)
     assert cells["method"] == [f"{channels}, 1/{ratio}" for channels in SIZES.channels for ratio in (8, 64)]
     assert list(cells)[1:] == [*METHODS, "LLMCsiNet-S, largest of image"]
@@ -126,25 +90,25 @@ def test_fig5_compares_all_methods_on_all_channels_at_all_ratios(tiny, folder):
     assert re.search(r"delay rows keep: outdoor_nlos 9\d\.\d%, indoor_los 9\d\.\d%", report)
 
 
-def test_table3_shows_the_sgcs_of_the_same_networks(tiny, folder):
-    run_experiment("llmcsinet-fig5", folder)
+def test_table3_shows_the_sgcs_of_the_same_networks(tiny, shared_folder):
+    run_experiment("llmcsinet-fig5", shared_folder)
     asked = [task.key() for task in tiny.tasks]
     tiny.tasks.clear()
-    rows, report = run_experiment("llmcsinet-table3", folder, figure=False)
+    rows, report = run_experiment("llmcsinet-table3", shared_folder, figure=False)
     assert [task.key() for task in tiny.tasks] == asked
     row = select(rows, label="IdasNet", channels="indoor_los", compression=64)[0]
     assert table(report)["IdasNet"][3] == f"{row['sgcs']:.3f}"
 
 
-def test_fig6_measures_both_ends(tiny, folder):
-    rows, report = run_experiment("llmcsinet-fig6", folder)
+def test_fig6_measures_both_ends(tiny, shared_folder):
+    rows, report = run_experiment("llmcsinet-fig6", shared_folder)
     assert [row["label"] for row in rows] == NETWORKS
     assert all(0 < row["ue_low_ms"] <= row["ue_ms"] <= row["ue_high_ms"] for row in rows)
     assert table(report)["CRNet"][1].startswith(f"{rows[0]['bs_ms']:.2f} (")
 
 
-def test_fig7_scores_noisy_csi_against_the_channel(tiny, folder):
-    rows, report = run_experiment("llmcsinet-fig7", folder)
+def test_fig7_scores_noisy_csi_against_the_channel(tiny, shared_folder):
+    rows, report = run_experiment("llmcsinet-fig7", shared_folder)
     for label in METHODS:
         expected = [mean(rows, "nmse_db", label=label, condition="noisy", snr_db=snr) for snr in (0, 20)]
         clean = mean(rows, "nmse_db", label=label, condition="clean")
@@ -152,8 +116,8 @@ def test_fig7_scores_noisy_csi_against_the_channel(tiny, folder):
         assert expected[0] != expected[1]
 
 
-def test_fig8_one_network_serves_all_ratios(tiny, folder):
-    rows, report = run_experiment("llmcsinet-fig8", folder)
+def test_fig8_one_network_serves_all_ratios(tiny, shared_folder):
+    rows, report = run_experiment("llmcsinet-fig8", shared_folder)
     mixed = [task for task in tiny.tasks if task.label.endswith("-MC")]
     assert [task.training.lengths for task in mixed] == [(221, 28)]
     chosen = select(rows, label="LLMCsiNet-S-MC")
@@ -164,8 +128,8 @@ def test_fig8_one_network_serves_all_ratios(tiny, folder):
     assert set(table(report)) == {"method", "LLMCsiNet-S-MC", *METHODS}
 
 
-def test_fig9_trains_on_both_and_tests_on_each(tiny, folder):
-    rows, report = run_experiment("llmcsinet-fig9", folder)
+def test_fig9_trains_on_both_and_tests_on_each(tiny, shared_folder):
+    rows, report = run_experiment("llmcsinet-fig9", shared_folder)
     assert {task.channels.mixed for task in tiny.tasks} == {True}
     assert {task.channels.speed_kmh for task in tiny.tasks} == {30}
     cells = table(report)
@@ -175,8 +139,8 @@ def test_fig9_trains_on_both_and_tests_on_each(tiny, folder):
     assert row["test_speed_kmh"] == 0
 
 
-def test_fig10_leaves_out_one_module_at_a_time(tiny, folder):
-    _, report = run_experiment("llmcsinet-fig10", folder)
+def test_fig10_leaves_out_one_module_at_a_time(tiny, shared_folder):
+    _, report = run_experiment("llmcsinet-fig10", shared_folder)
     configs = {task.label: task.training.config for task in tiny.tasks}
     assert configs["without f_EN (random mask)"].mask == "random"
     assert not configs["without f_PD"].preliminary
@@ -191,8 +155,8 @@ def test_fig10_leaves_out_one_module_at_a_time(tiny, folder):
     assert [dataclasses.replace(backbone, source=None) for backbone in pretrained] == random
 
 
-def test_fig11_goes_on_from_the_other_set_s_network(tiny, folder):
-    rows, report = run_experiment("llmcsinet-fig11", folder)
+def test_fig11_goes_on_from_the_other_set_s_network(tiny, shared_folder):
+    rows, report = run_experiment("llmcsinet-fig11", shared_folder)
     transfers = [task for task in tiny.tasks if task.start]
     assert {task.label for task in transfers} == set(NETWORKS)
     assert {(task.start, task.channels.name, task.channels.train) for task in transfers} == {
@@ -207,8 +171,8 @@ def test_fig11_goes_on_from_the_other_set_s_network(tiny, folder):
     assert table(report, 2)["IdasNet"] == [f"{row['nmse_db']:.2f}"]
 
 
-def test_fig12_is_bounded_by_perfect_csi(tiny, folder):
-    rows, report = run_experiment("llmcsinet-fig12", folder)
+def test_fig12_is_bounded_by_perfect_csi(tiny, shared_folder):
+    rows, report = run_experiment("llmcsinet-fig12", shared_folder)
     cells = {label: [float(value) for value in values] for label, values in list(table(report).items())[1:]}
     assert set(cells) == {"perfect CSI", *METHODS}
     assert cells["perfect CSI"][0] < cells["perfect CSI"][1]
@@ -218,8 +182,8 @@ def test_fig12_is_bounded_by_perfect_csi(tiny, folder):
     assert all(row["rate"] is not None for row in select(rows, condition="rate"))
 
 
-def test_table2_counts_bits_as_the_paper_and_bytes_as_they_are(tiny, folder):
-    rows, report = run_experiment("llmcsinet-table2", folder, figure=False)
+def test_table2_counts_bits_as_the_paper_and_bytes_as_they_are(tiny, shared_folder):
+    rows, report = run_experiment("llmcsinet-table2", shared_folder, figure=False)
     assert [row["llmcsinet_bits"] for row in rows] == [16418, 8278, 4208, 2136]
     assert [row["crnet_bits"] for row in rows] == [16384, 8192, 4096, 2048]
     # 28 bytes of header, 221 values of 4 bytes, 221 * 11 bits, 4 bytes of checksum.
@@ -228,19 +192,19 @@ def test_table2_counts_bits_as_the_paper_and_bytes_as_they_are(tiny, folder):
     assert table(report)["8"][:4] == ["256", "16384", "221", "16418"]
 
 
-def test_tables_4_and_5_count_both_ends(tiny, folder):
-    rows, report = run_experiment("llmcsinet-table4", folder, figure=False)
+def test_tables_4_and_5_count_both_ends(tiny, shared_folder):
+    rows, report = run_experiment("llmcsinet-table4", shared_folder, figure=False)
     network = BASELINES["crnet"](1 / 64)
     expected = f"{network.ue_parameters():,} / {network.bs_parameters():,}"
     assert table(report)["CRNet"][1] == expected
-    rows, report = run_experiment("llmcsinet-table5", folder, figure=False)
+    rows, report = run_experiment("llmcsinet-table5", shared_folder, figure=False)
     convolutions = 2 * 32 * 32 * 9 * (2 * 64 + 64 * 2)
     assert select(rows, label="LLMCsiNet-S")[0]["ue"] == convolutions
     assert table(report)["LLMCsiNet-S"][0].startswith(f"{convolutions:,} / ")
 
 
-def test_table6_quantises_what_was_trained_without(tiny, folder):
-    rows, report = run_experiment("llmcsinet-table6", folder, figure=False)
+def test_table6_quantises_what_was_trained_without(tiny, shared_folder):
+    rows, report = run_experiment("llmcsinet-table6", shared_folder, figure=False)
     for label in METHODS:
         clean, codes = (mean(rows, "nmse_db", label=label, condition=name) for name in ("clean", "codes"))
         if label in CLASSICAL:
@@ -250,8 +214,8 @@ def test_table6_quantises_what_was_trained_without(tiny, folder):
     assert table(report, 2)["CRNet"] == ["1024 / 196", "128 / 28"]
 
 
-def test_real_bytes_come_from_the_rows_of_table_6_and_more_of_the_classical_methods(tiny, folder):
-    rows, report = run_experiment("llmcsinet-bytes", folder)
+def test_real_bytes_come_from_the_rows_of_table_6_and_more_of_the_classical_methods(tiny, shared_folder):
+    rows, report = run_experiment("llmcsinet-bytes", shared_folder)
     assert {row["compression"] for row in select(rows, label="CRNet")} == {8, 64}
     assert {row["compression"] for row in select(rows, label="Largest elements")} == {8, 16, 32, 64}
     for number, (channels, condition) in enumerate(itertools.product(SIZES.channels, ("clean", "codes"))):
@@ -265,7 +229,7 @@ def test_real_bytes_come_from_the_rows_of_table_6_and_more_of_the_classical_meth
 # Tasks ----------------------------------------------------------------------------------------------------------------
 
 
-def test_a_task_s_key_holds_what_determines_it_and_its_folder_does_not(tiny, folder):
+def test_a_task_s_key_holds_what_determines_it_and_its_folder_does_not(tiny, shared_folder):
     s = tiny(None)
     task = s.variant("S", "outdoor_nlos", 8)
     assert dataclasses.replace(task, folder="elsewhere").key() == task.key()
@@ -282,11 +246,11 @@ def test_a_task_s_key_holds_what_determines_it_and_its_folder_does_not(tiny, fol
     assert dataclasses.replace(task, codes=True, label="other").checkpoint() == task.checkpoint()
 
 
-def test_tasks_run_in_processes_and_are_kept(tiny, folder):
+def test_tasks_run_in_processes_and_are_kept(tiny, shared_folder):
     s = tiny(None)
     task = s.baseline("idasnet", "outdoor_nlos", 8)
-    first = run_tasks(llmcsinet_runs.run_task, [task], folder / "rows", workers=1)
-    assert run_tasks(llmcsinet_runs.run_task, [task], folder / "rows", workers=1) == first
+    first = run_tasks(llmcsinet_runs.run_task, [task], shared_folder / "rows", workers=1)
+    assert run_tasks(llmcsinet_runs.run_task, [task], shared_folder / "rows", workers=1) == first
     assert first[0]["label"] == "IdasNet"
 
 

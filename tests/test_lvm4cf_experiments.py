@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import re
 
 import pytest
 import torch
-from command_line import succeed
-from matplotlib import image
+from experiment_reports import run_experiment, table_of
 from tiny_codebook import FC, LLAMA, site
 from tiny_runs import remembering
 
@@ -57,49 +54,18 @@ def channels(name, split, count):
     return pooled[torch.randperm(len(pooled), generator=torch.Generator().manual_seed(0))[:count]]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """One for all: experiments share what they have in common."""
-    return tmp_path_factory.mktemp("experiments")
-
-
-@pytest.fixture(scope="module")
-def finished():
-    return {}
-
-
 @pytest.fixture
-def tiny(folder, finished, monkeypatch):
+def tiny(shared_folder, finished, monkeypatch):
     """Runs experiments at tiny settings; the tasks that they asked for are in ``tiny.tasks``."""
-
     run, asked = remembering(run_task, finished)
 
     def tiny_settings(context):
-        return Settings(SIZES, SIZES, folder / "checkpoints", run, snrs_db=(0, 20), repeats=2)
+        return Settings(SIZES, SIZES, shared_folder / "checkpoints", run, snrs_db=(0, 20), repeats=2)
 
     tiny_settings.tasks = asked
     monkeypatch.setattr(lvm4cf_settings, "settings", tiny_settings)
     monkeypatch.setattr(lvm4cf_runs, "draw_channels", channels)
     return tiny_settings
-
-
-def run_experiment(name, out, *, figure=True):
-    """Rows and report that the command writes; its figure is checked here."""
-    output = succeed("experiment", name, "--out", out)
-    report = (out / f"{name}.md").read_text()
-    assert report.startswith(f"# {EXPERIMENTS[name].description}\n\nPreset: laptop.\n")
-    assert re.sub(r"\s", "", report) in re.sub(r"\s", "", output)
-    assert (out / f"{name}.png").exists() == figure
-    if figure:
-        assert image.imread(out / f"{name}.png").std() > 0.02
-    return json.loads((out / f"{name}.json").read_text())["rows"], report
-
-
-def table_of(report, start):
-    """First cells of the first table after ``start``, and all cells by them."""
-    lines = report[report.index(start) :].split("\n\n")[1].strip().split("\n")
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    return cells[0], {row[0]: row[1:] for row in cells[2:]}
 
 
 def test_fig5(tiny, tmp_path):
@@ -131,7 +97,7 @@ def test_fig6(tiny, tmp_path):
     assert (fc["report_bits"], fc["codebook_bytes"]) == (5, 0)
 
 
-def test_fig7(tiny, tmp_path, folder):
+def test_fig7(tiny, tmp_path, shared_folder):
     rows, report = run_experiment("lvm4cf-fig7", tmp_path)
     assert list(table_of(report, "codebooks made for site")[1]) == DUAL
     assert list(table_of(report, "codebooks made for uma")[1]) == DUAL
@@ -140,7 +106,7 @@ def test_fig7(tiny, tmp_path, folder):
     assert site_book > type_book
     # The codebooks of the environment type are those of Fig. 5.
     made = {task.run_dir() for task in tiny.tasks if task.channels.name == "uma" and task.deployment == "dual_side"}
-    assert made == {path for path in (folder / "checkpoints" / "lvm4cf").iterdir() if "-uma-" in path.name}
+    assert made == {path for path in (shared_folder / "checkpoints" / "lvm4cf").iterdir() if "-uma-" in path.name}
 
 
 def test_fig8(tiny, tmp_path):
@@ -180,12 +146,12 @@ def test_type1_stands_beside_the_others_at_its_number_of_bits(tmp_path, monkeypa
     assert (row["deployment"], row["report_bits"], row["codebook_bytes"]) == ("conventional", 9, 0)
 
 
-def test_a_finished_experiment_trains_nothing_again(tiny, folder, finished, monkeypatch):
-    s = tiny(Context("laptop", folder))
-    first = EXPERIMENTS["lvm4cf-fig6"].run(Context("laptop", folder))
+def test_a_finished_experiment_trains_nothing_again(tiny, shared_folder, finished, monkeypatch):
+    s = tiny(Context("laptop", shared_folder))
+    first = EXPERIMENTS["lvm4cf-fig6"].run(Context("laptop", shared_folder))
     monkeypatch.setattr(lvm4cf_runs, "draw_channels", None)
     finished.clear()  # the rows are lost, the codebooks are not
-    again = EXPERIMENTS["lvm4cf-fig6"].run(Context("laptop", folder))
+    again = EXPERIMENTS["lvm4cf-fig6"].run(Context("laptop", shared_folder))
     assert again.rows == first.rows
     assert s.sizes is SIZES
 

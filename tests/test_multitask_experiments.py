@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 
 import pytest
 import torch
-from command_line import refuse, succeed
-from matplotlib import image
+from command_line import refuse
+from experiment_reports import run_experiment, table_of
 from tiny_multitask import PRESET, SAMPLES, add_sets
 from tiny_runs import remembering
 
@@ -51,19 +50,8 @@ PRECODE = ["ZF", "MMSE", "WMMSE", "CNN", SINGLE, MULTI]
 DETECT = ["LMMSE", "DetNet", SINGLE, MULTI]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """One for all: experiments share what they have in common."""
-    return tmp_path_factory.mktemp("experiments")
-
-
-@pytest.fixture(scope="module")
-def finished():
-    return {}
-
-
 @pytest.fixture
-def tiny(folder, finished, monkeypatch):
+def tiny(shared_folder, finished, monkeypatch):
     """Runs experiments at tiny settings; the runs that they asked for are in ``tiny.asked``."""
     add_sets(monkeypatch)
     run, asked = remembering(run_task, finished)
@@ -71,45 +59,25 @@ def tiny(folder, finished, monkeypatch):
     monkeypatch.setattr("csimodels.training.multitask_presets.baseline_config", lambda name, preset: NETWORKS[name])
 
     def tiny_settings(context):
-        return Settings(PRESET, PRESET, CONDITIONS, folder / "checkpoints", run, repeats=1)
+        return Settings(PRESET, PRESET, CONDITIONS, shared_folder / "checkpoints", run, repeats=1)
 
     tiny_settings.asked = asked
     monkeypatch.setattr(multitask_settings, "settings", tiny_settings)
     return tiny_settings
 
 
-def run_experiment(name, out, *, figure=True):
-    """Rows and report that the command writes; its figure is checked here."""
-    output = succeed("experiment", name, "--out", out)
-    report = (out / f"{name}.md").read_text()
-    assert report.startswith(f"# {EXPERIMENTS[name].description}\n\nPreset: laptop.\n")
-    assert re.sub(r"\s", "", report) in re.sub(r"\s", "", output)
-    assert (out / f"{name}.png").exists() == figure
-    if figure:
-        assert image.imread(out / f"{name}.png").std() > 0.02
-    return json.loads((out / f"{name}.json").read_text())["rows"], report
-
-
-def table_of(report, start=""):
-    """Header of the first table after ``start``, and its cells by the first one."""
-    lines = [line for line in report[report.index(start) :].split("\n") if line.startswith("|")]
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    end = next((i for i, row in enumerate(cells[2:], start=2) if set("".join(row)) <= set("-")), len(cells) + 1) - 1
-    return cells[0], {row[0]: row[1:] for row in cells[2:end]}
-
-
-def channels(folder):
-    return SAMPLES.multiuser("test", folder / "checkpoints" / "channels")
+def channels(shared_folder):
+    return SAMPLES.multiuser("test", shared_folder / "checkpoints" / "channels")
 
 
 @pytest.mark.parametrize("name, header", [("fig5", ["10 km/h", "100 km/h"]), ("fig6", ["0 dB", "20 dB"])])
-def test_prediction(tiny, tmp_path, folder, name, header):
+def test_prediction(tiny, tmp_path, shared_folder, name, header):
     _, report = run_experiment(f"multitask-{name}", tmp_path)
     found, table = table_of(report)
     assert found[1:] == header and list(table) == PREDICT
     # The last slot's error by itself.
     match = {"snr_db": 20} if name == "fig5" else {"snr_db": 0}
-    h = [SAMPLES.prediction("test", folder / "checkpoints" / "channels", speed_kmh=v) for v in (10, 100)]
+    h = [SAMPLES.prediction("test", shared_folder / "checkpoints" / "channels", speed_kmh=v) for v in (10, 100)]
     error = power = 0.0
     for one in h[:1] if name == "fig5" else h:
         heard = add_noise(one[:, :4], match["snr_db"], torch.Generator().manual_seed(7))
@@ -132,7 +100,7 @@ def test_fig13_is_scored_elsewhere(tiny, tmp_path):
 @pytest.mark.parametrize(
     "name, header", [("fig7", ["-10 dBW", "0 dBW"]), ("fig8", ["2 users", "3 users"]), ("fig12", ["10 dB"])]
 )
-def test_precoding(tiny, tmp_path, folder, name, header):
+def test_precoding(tiny, tmp_path, shared_folder, name, header):
     rows, report = run_experiment(f"multitask-{name}", tmp_path)
     found, table = table_of(report)
     assert found[1:] == header and list(table) == PRECODE
@@ -140,7 +108,7 @@ def test_precoding(tiny, tmp_path, folder, name, header):
         clear = select(rows, label="WMMSE", condition="precode", users=2, power_dbw=0, channel_snr_db=None)[0]["rate"]
         assert float(table["WMMSE"][0]) < clear
         return
-    h = served(channels(folder), 3 if name == "fig8" else 2)
+    h = served(channels(shared_folder), 3 if name == "fig8" else 2)
     power = 1.0  # 0 dBW
     expected = sum_rate(h, wmmse(h, power, NOISE_POWER), NOISE_POWER).mean().item()
     assert float(table["WMMSE"][1]) == pytest.approx(expected, abs=0.006)
@@ -149,7 +117,7 @@ def test_precoding(tiny, tmp_path, folder, name, header):
 
 
 @pytest.mark.parametrize("name, value", [("fig9", "nmse"), ("fig10", "ser")])
-def test_detection(tiny, tmp_path, folder, name, value):
+def test_detection(tiny, tmp_path, shared_folder, name, value):
     rows, report = run_experiment(f"multitask-{name}", tmp_path)
     header, table = table_of(report)
     assert header[1:] == ["0 dB", "20 dB"] and list(table) == DETECT
@@ -158,7 +126,7 @@ def test_detection(tiny, tmp_path, folder, name, value):
         assert table[label][1] == f"{row[value]:.5f}"
     assert float(table["LMMSE"][1]) < float(table["LMMSE"][0])
     # LMMSE by itself: the shrunken estimate has the smaller error, the other makes the decisions.
-    h, expected = channels(folder), 0.0
+    h, expected = channels(shared_folder), 0.0
     draws = torch.Generator().manual_seed(7)
     for number, k in enumerate((2, 3)):
         own = served(h[number::2], k)
@@ -229,11 +197,11 @@ def test_costs(tiny, tmp_path):
     assert len(table_of(report)[1]) == 5
 
 
-def test_a_finished_experiment_trains_nothing_again(tiny, folder, finished, monkeypatch):
-    first = EXPERIMENTS["multitask-fig9"].run(Context("laptop", folder))
+def test_a_finished_experiment_trains_nothing_again(tiny, shared_folder, finished, monkeypatch):
+    first = EXPERIMENTS["multitask-fig9"].run(Context("laptop", shared_folder))
     finished.clear()  # the rows are lost, the networks are not
     monkeypatch.setattr("csimodels.training.multitask.Trainer", None)
-    again = EXPERIMENTS["multitask-fig9"].run(Context("laptop", folder))
+    again = EXPERIMENTS["multitask-fig9"].run(Context("laptop", shared_folder))
     assert again.rows == first.rows
 
 

@@ -12,7 +12,7 @@ import torch
 import typer
 from rich.table import Table
 
-from csimodels.console import console, errors, progress, reported
+from csimodels.console import Threads, console, errors, progress, reported
 from csimodels.files import digest
 
 codebook_app = typer.Typer(
@@ -29,7 +29,6 @@ EnvironmentIndex = Annotated[
 ]
 Variable = Annotated[str, typer.Option(help="name of the channels in .mat, .npz and .safetensors files")]
 Ports = Annotated[str, typer.Option(help="array as polarisations x rows x columns, such as 2x8x8")]
-Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; default: all cores")]
 
 
 @codebook_app.command()

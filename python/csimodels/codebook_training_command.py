@@ -11,15 +11,15 @@ import typer
 
 from csimodels.codebook_commands import (
     Ports,
-    Threads,
     Variable,
     codebook_app,
     load_book,
     parse_ports,
     training_channels,
 )
-from csimodels.console import console, progress, reported
+from csimodels.console import Threads, console, reported, training_progress
 from csimodels.files import digest
+from csimodels.options import replace_given
 
 _DEPLOYMENTS = {"SS": "single_side", "DS": "dual_side"}
 
@@ -75,15 +75,8 @@ def train(
         first, second, _ = split_811(len(h), seed=0)
         data = CodebookData(h[first], h[second], {"sha256": digest(channels), "split": "8:1:1"})
         accelerator = make_accelerator(training.train)
-        with progress(f"training {network}") as update:
-            enhanced = enhance_codebook(
-                training,
-                conventional,
-                data,
-                out,
-                accelerator=accelerator,
-                on_step=lambda step, total, loss: update(step, total, f"cosine {-loss:.4f}"),
-            )
+        with training_progress(f"training {network}", lambda loss: f"cosine {-loss:.4f}") as on_step:
+            enhanced = enhance_codebook(training, conventional, data, out, accelerator=accelerator, on_step=on_step)
         if accelerator.is_main_process:
             before = enhanced.history[0]["validation"]
             console.print(
@@ -109,8 +102,6 @@ def _training(
     training = codebook_preset(preset).training(
         network, _DEPLOYMENTS[deployment], initial=None if initial is None else str(initial), seed=seed
     )
-    given = {"epochs": epochs, "batch_size": batch_size}
-    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     # What is not a whole number of the preset's intervals is one interval.
     intervals = training.update_interval
     if epochs is not None and epochs % intervals:
@@ -118,6 +109,6 @@ def _training(
     return dataclasses.replace(
         training,
         network=dataclasses.replace(training.network, dimension=len(layout), polarisations=layout.polarisations),
-        train=dataclasses.replace(training.train, **changes),
+        train=replace_given(training.train, epochs=epochs, batch_size=batch_size),
         update_interval=intervals,
     )

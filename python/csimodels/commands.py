@@ -17,7 +17,16 @@ from rich.table import Table
 import csikernels
 from csimodels import codebook_training_command  # noqa: F401  registers itself with codebook_app
 from csimodels.codebook_commands import codebook_app, feedback_app
-from csimodels.console import OneLineErrors, console, errors, print_scores, progress, reported
+from csimodels.console import (
+    OneLineErrors,
+    Threads,
+    console,
+    errors,
+    print_scores,
+    progress,
+    reported,
+    training_progress,
+)
 from csimodels.feedback_commands import decode, encode, train
 from csimodels.files import digest, write_json, write_text
 from csimodels.multitask_commands import detect, multitask_app, precode, predict
@@ -32,7 +41,6 @@ app = typer.Typer(
     add_completion=False,
 )
 Preset = Annotated[str, typer.Option(help="laptop (for two CPU cores) or paper (the paper's sizes and epochs)")]
-Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; default: all cores")]
 Workers = Annotated[int | None, typer.Option(min=1, help="processes; default: one per core")]
 OutFolder = Annotated[Path, typer.Option(file_okay=False, help="output folder; an interrupted run there is continued")]
 EnvironmentIndex = Annotated[int | None, typer.Option(min=1, help="or: index of a built-in environment, such as 1201")]
@@ -185,7 +193,7 @@ def pretrain(
             source = pretrain_data(preset, continued=initial is not None)
         else:
             source = split_data(_read_channels(data), {"file": str(data), "sha256": digest(data)})
-        with progress(f"pre-training {model}") as update:
+        with training_progress(f"pre-training {model}") as on_step:
             result = run(
                 task,
                 source.source,
@@ -193,7 +201,7 @@ def pretrain(
                 out,
                 accelerator=accelerator,
                 data_description=source.description,
-                on_step=lambda step, total, loss: update(step, total, f"loss {loss:.4f}"),
+                on_step=on_step,
             )
         if accelerator.is_main_process:
             console.print(

@@ -7,7 +7,7 @@ import functools
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -20,6 +20,7 @@ from csimodels.models.lasco import LABELS
 
 console = Console()
 errors = Console(stderr=True)
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; default: all cores")]
 
 # typer brings its own click or uses the installed one, depending on its version; this finds the right base class.
 _ClickException: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
@@ -104,6 +105,15 @@ def progress(description: str) -> Iterator[Callable[..., None]]:
             bars.update(bar, completed=done, total=total, description=f"{description} {detail}".rstrip())
 
         yield update
+
+
+@contextlib.contextmanager
+def training_progress(
+    description: str, told: Callable[[float], str] = "loss {:.4f}".format
+) -> Iterator[Callable[[int, int, float], None]]:
+    """:func:`progress` of a training; yields its ``on_step(step, total_steps, loss)``. ``told`` says what a loss is."""
+    with progress(description) as update:
+        yield lambda step, total, loss: update(step, total, told(loss))
 
 
 def print_scores(scores: dict[str, dict[str, Any]]) -> None:

@@ -9,11 +9,11 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from csimodels.console import console, progress, reported
+from csimodels.console import Threads, console, reported, training_progress
 from csimodels.files import digest
+from csimodels.options import family_and_source, replace_given
 
 Model = Annotated[Path, typer.Option("--model", help="model.safetensors of csimodels train or experiment")]
-Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; default: all cores")]
 
 
 def train(
@@ -61,9 +61,7 @@ def train(
         if threads:
             torch.set_num_threads(threads)
         changes: dict[str, Any] = {"epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate}
-        sizes = dataclasses.replace(
-            feedback_preset(preset), **{name: value for name, value in changes.items() if value is not None}
-        )
+        sizes = replace_given(feedback_preset(preset), **changes)
         if data is None:
             sizes = sizes.with_channels([channels])
             (channels,) = sizes.channels
@@ -81,14 +79,8 @@ def train(
         training = training.seeded(seed)
         source = _training_data(sizes, channels, data, out)
         accelerator = make_accelerator(training.last_train())
-        with progress(f"training {model}") as update:
-            _, best = train_feedback(
-                training,
-                source,
-                out,
-                accelerator=accelerator,
-                on_step=lambda step, total, loss: update(step, total, f"loss {loss:.4f}"),
-            )
+        with training_progress(f"training {model}") as on_step:
+            _, best = train_feedback(training, source, out, accelerator=accelerator, on_step=on_step)
         if accelerator.is_main_process:
             console.print(f"validation NMSE {best:.2f} dB; wrote {out}/model.safetensors", soft_wrap=True)
 
@@ -100,9 +92,7 @@ def _backbone(sizes: Any, variant: str, text: str) -> Any:
     config = sizes.config(variant, 8).backbone
     if text == "random":
         return dataclasses.replace(config, source=None)
-    family, separator, source = text.partition(":")
-    if not separator or not source:
-        raise ValueError(f"backbone: expected family:source or random, got {text!r}")
+    family, source = family_and_source(text, "family:source or random")
     return BackboneConfig(family=family, source=source, layers=config.layers)
 
 

@@ -9,7 +9,8 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from csimodels.console import console, progress, reported
+from csimodels.console import Threads, console, reported, training_progress
+from csimodels.options import family_and_source, replace_given
 
 multitask_app = typer.Typer(
     help="Channel prediction, signal detection and multi-user precoding by one language model. Start with: csimodels "
@@ -18,7 +19,6 @@ multitask_app = typer.Typer(
 )
 Model = Annotated[Path, typer.Option("--model", help="model.safetensors of csimodels multitask train or experiment")]
 Merged = Annotated[bool, typer.Option(help="add the low-rank matrices to the weights first")]
-Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; default: all cores")]
 Written = Annotated[Path, typer.Argument(dir_okay=False, help="file to write: .safetensors, .npz or .mat")]
 _ADAPTATIONS = ("loftq", "qlora", "lora", "full")
 
@@ -122,10 +122,9 @@ def train(
         if threads:
             torch.set_num_threads(threads)
         sizes = multitask_preset(preset)
-        if channels is not None or samples is not None:
-            changed = {"name": channels, "train": samples, "validation": samples and max(1, samples // 5)}
-            given = {name: value for name, value in changed.items() if value is not None}
-            sizes = dataclasses.replace(sizes, samples=dataclasses.replace(sizes.samples, **given))  # type: ignore[arg-type]
+        validation = None if samples is None else max(1, samples // 5)
+        drawn = replace_given(sizes.samples, name=channels, train=samples, validation=validation)
+        sizes = dataclasses.replace(sizes, samples=drawn)
         if layers is not None and backbone in (None, "none"):
             raise ValueError(f"layers: expected only with a --backbone, got {layers}")
         if backbone == "none" and adaptation is not None:
@@ -144,14 +143,8 @@ def train(
             training = sizes.baseline(model, seed=seed)
         training = training.optimised(epochs=epochs, batch_size=batch_size, learning_rate=learning_rate)
         accelerator = make_accelerator(training.train)
-        with progress(f"training {model}") as update:
-            train_multitask(
-                training,
-                out,
-                out / "channels",
-                accelerator=accelerator,
-                on_step=lambda step, total, loss: update(step, total, f"loss {loss:.4f}"),
-            )
+        with training_progress(f"training {model}") as on_step:
+            train_multitask(training, out, out / "channels", accelerator=accelerator, on_step=on_step)
         if accelerator.is_main_process:
             console.print(f"wrote {out}/model.safetensors", soft_wrap=True)
 
@@ -173,9 +166,7 @@ def _backbone(sizes: Any, text: str, layers: int | None) -> Any:
     preset = sizes.random_backbone()
     if text == "random":
         return dataclasses.replace(preset, layers=layers or preset.layers)
-    family, separator, source = text.partition(":")
-    if not separator or not source:
-        raise ValueError(f"backbone: expected family:source, random or none, got {text!r}")
+    family, source = family_and_source(text, "family:source, random or none")
     return LanguageConfig(family=family, source=source, layers=layers or preset.layers)
 
 

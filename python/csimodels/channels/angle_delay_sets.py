@@ -8,7 +8,6 @@ from __future__ import annotations
 import abc
 import dataclasses
 import functools
-import importlib.util
 import itertools
 import math
 import os
@@ -21,7 +20,7 @@ from csimodels.channels import raytracing
 from csimodels.channels.angle_delay import DELAYS, SHIFT, angle_delay, check_cut, to_image
 from csimodels.channels.disc import CellConfig, DiscEnvironment, plain_fields
 from csimodels.channels.hdf5 import write_channels
-from csimodels.channels.presets import make_environment
+from csimodels.channels.presets import make_environment, unavailable_generator
 from csimodels.channels.rays import (
     AntennaArray,
     DelayTaps,
@@ -194,9 +193,7 @@ class AngleDelayPreset(AngleDelaySet):
 
     def unavailable(self) -> str | None:
         """Sionna may be missing."""
-        if self.generator == "sionna" and importlib.util.find_spec("sionna") is None:
-            return "Sionna is not installed; it comes with the extra: pip install 'csikernels[sionna]'"
-        return None
+        return unavailable_generator(self.generator)
 
     def describe(self, split: str, count: int, draw: int = 0) -> dict[str, Any]:
         """The cell, the environments and the generator."""

@@ -29,7 +29,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.util
 import math
 import os
 from typing import Any
@@ -39,7 +38,7 @@ import torch
 
 from csimodels.channels.disc import CellConfig, DiscEnvironment, RaySet, plain_fields
 from csimodels.channels.hdf5 import write_channels
-from csimodels.channels.presets import GENERATORS, make_environment
+from csimodels.channels.presets import check_generator, make_environment, unavailable_generator
 from csimodels.channels.rays import AntennaArray, Rays, SubcarrierGrid, phasor, synthesize
 from csimodels.channels.raytracing import SPLITS
 from csimodels.channels.scenarios import check_scenario
@@ -77,8 +76,7 @@ class CodebookSet:
             raise ValueError(f"sites: expected seeds of at least 0, got {self.sites}")
         if self.discs < 1:
             raise ValueError(f"discs: expected at least 1, got {self.discs}")
-        if self.generator not in GENERATORS:
-            raise ValueError(f"generator: expected {' or '.join(GENERATORS)}, got {self.generator!r}")
+        check_generator(self.generator)
         if self.cell.patches != 1 or self.cell.grid.subcarriers != 1:
             raise ValueError(
                 f"cell: expected one patch and one subcarrier, got {self.cell.patches} and {self.cell.grid.subcarriers}"
@@ -86,9 +84,7 @@ class CodebookSet:
 
     def unavailable(self) -> str | None:
         """Why the set cannot be drawn here, in one line; None if it can."""
-        if self.generator == "sionna" and importlib.util.find_spec("sionna") is None:
-            return "Sionna is not installed; it comes with the extra: pip install 'csikernels[sionna]'"
-        return None
+        return unavailable_generator(self.generator)
 
     def describe(self) -> dict[str, Any]:
         """What determines the channels, JSON-serialisable: the fields, and the built-in generator's statistics."""

@@ -23,7 +23,6 @@ needs the memory of a block and of its result. A UE stands at the same place, wi
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -34,7 +33,7 @@ import torch
 from csimodels.channels.clusters import CLUSTERS
 from csimodels.channels.disc import plain_fields
 from csimodels.channels.moving_users import MovingUsers, chosen_antennas, draw_users, slot_channels
-from csimodels.channels.presets import GENERATORS
+from csimodels.channels.presets import check_generator, unavailable_generator
 from csimodels.channels.rays import AntennaArray, SubcarrierGrid
 from csimodels.channels.raytracing import SPLITS
 from csimodels.channels.scenarios import Statistics, check_scenario
@@ -101,8 +100,7 @@ class MultiTaskSet:
             raise ValueError(f"clusters: expected None or one of {known}, got {self.clusters}")
         if self.seed < 0:
             raise ValueError(f"seed: expected at least 0, got {self.seed}")
-        if self.generator not in GENERATORS:
-            raise ValueError(f"generator: expected {' or '.join(GENERATORS)}, got {self.generator!r}")
+        check_generator(self.generator)
         if self.generator == "sionna" and self.clusters is not None:
             raise ValueError(f"clusters: expected None, since Sionna has 38.901's, got {self.clusters}")
 
@@ -119,9 +117,7 @@ class MultiTaskSet:
 
     def unavailable(self) -> str | None:
         """Why the set cannot be drawn here, in one line; None if it can."""
-        if self.generator == "sionna" and importlib.util.find_spec("sionna") is None:
-            return "Sionna is not installed; it comes with the extra: pip install 'csikernels[sionna]'"
-        return None
+        return unavailable_generator(self.generator)
 
     def describe(self) -> dict[str, Any]:
         """What determines the channels, JSON-serialisable: the fields, and the built-in generator's statistics."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from csimodels.channels.disc import CellConfig, DiscEnvironment
 from csimodels.channels.environment import Environment
 from csimodels.channels.hdf5 import write_channels
-from csimodels.channels.sionna import SionnaEnvironment
+from csimodels.channels.sionna import MISSING, SionnaEnvironment
 
 GENERATORS: dict[str, type[DiscEnvironment]] = {"builtin": Environment, "sionna": SionnaEnvironment}
 
@@ -98,14 +99,25 @@ def split_811(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.
     return training, validation, test
 
 
+def check_generator(generator: str) -> None:
+    """A ``ValueError`` for a name that is not in :data:`GENERATORS`."""
+    if generator not in GENERATORS:
+        raise ValueError(f"generator: expected {' or '.join(GENERATORS)}, got {generator!r}")
+
+
+def unavailable_generator(generator: str) -> str | None:
+    """Why a generator cannot draw here, in one line; None if it can."""
+    missing = generator == "sionna" and importlib.util.find_spec("sionna") is None
+    return MISSING if missing else None
+
+
 def make_environment(generator: str, cell: CellConfig, index: int, seed: int, **options: Any) -> DiscEnvironment:
     """One environment of a generator by name: ``"builtin"`` or ``"sionna"``; ``options`` are the generator's own.
 
     Raises:
         ValueError: there is no such generator, or it refuses its arguments.
     """
-    if generator not in GENERATORS:
-        raise ValueError(f"generator: expected {' or '.join(GENERATORS)}, got {generator!r}")
+    check_generator(generator)
     return GENERATORS[generator](cell, index, seed, **options)
 
 

@@ -24,6 +24,7 @@ from csimodels.channels.disc import CellConfig, DiscEnvironment, RaySet, unit_ve
 
 SYSTEM_SCENARIOS = {"umi": "UMiScenario", "uma": "UMaScenario", "rma": "RMaScenario"}
 CDL_SCENARIOS = {f"cdl-{profile}": profile.upper() for profile in "abcde"}
+MISSING = "Sionna is not installed; it comes with the extra: pip install 'csikernels[sionna]'"
 _CDL_LOS = ("D", "E")
 # Small problems, drawn once per environment: the CPU in double precision, wherever the samples are used.
 _ON_CPU = {"precision": "double", "device": "cpu"}
@@ -37,9 +38,7 @@ def _import() -> tuple[Any, ModuleType]:
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] != "sionna":
             raise
-        raise ModuleNotFoundError(
-            "Sionna is not installed; it comes with the extra: pip install 'csikernels[sionna]'", name="sionna"
-        ) from None
+        raise ModuleNotFoundError(MISSING, name="sionna") from None
     return config, tr38901
 
 

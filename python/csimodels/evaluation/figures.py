@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import torch
@@ -73,6 +74,19 @@ def line_figure(
         for axis in axes[0]:
             axis.legend(fontsize=8)
         _save(figure, path)
+
+
+def line_drawing(
+    name: str, panels: Mapping[str, Mapping[str, Curve]], x_label: str, title: str, **more: Any
+) -> Callable[[Path], Path]:
+    """``draw`` of an :class:`csimodels.evaluation.outcome.Outcome`: :func:`line_figure` as ``name``.png in a folder."""
+
+    def draw(folder: Path) -> Path:
+        path = folder / f"{name}.png"
+        line_figure(path, panels, x_label, title, **more)
+        return path
+
+    return draw
 
 
 def _limits(values: Sequence[float]) -> tuple[float, float]:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import platform
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from csimodels.evaluation.llmcsinet_runs import zf_rate
 from csimodels.evaluation.task_rows import Row
+from csimodels.evaluation.timing import device, seconds
 from csimodels.models.baselines import LABELS
 from csimodels.training.llmcsinet_presets import Channels, FeedbackPreset
-
-_WARM_UP = 3
 
 
 def networks(sizes: FeedbackPreset, baselines: Sequence[str], compression: int = 8) -> Iterator[tuple[str, nn.Module]]:
@@ -57,9 +54,9 @@ def latency(label: str, network: Any, repeats: int) -> Row:
     """Milliseconds of encoder (``ue``) and decoder (``bs``) for one sample: median, 20% and 80% of ``repeats``."""
     h = _sample()
     codeword = network.encode(h)
-    row: Row = {"label": label, "device": f"{platform.machine()}, {torch.get_num_threads()} threads"}
+    row: Row = {"label": label, "device": device()}
     for side, call in (("ue", lambda: network.encode(h)), ("bs", lambda: network.decode(codeword))):
-        times = _timed(call, repeats)
+        times = 1e3 * seconds(call, repeats)
         for suffix, share in (("", 0.5), ("_low", 0.2), ("_high", 0.8)):
             row[f"{side}{suffix}_ms"] = times.quantile(share).item()
     return row
@@ -68,15 +65,6 @@ def latency(label: str, network: Any, repeats: int) -> Row:
 def spread(row: Row, side: str) -> str:
     """Median and spread of ``"ue"`` or ``"bs"``."""
     return f"{row[f'{side}_ms']:.2f} ({row[f'{side}_low_ms']:.2f} to {row[f'{side}_high_ms']:.2f})"
-
-
-def _timed(call: Callable[[], Any], repeats: int) -> torch.Tensor:
-    times = []
-    for _ in range(_WARM_UP + repeats):
-        started = time.perf_counter()
-        call()
-        times.append(1e3 * (time.perf_counter() - started))
-    return torch.tensor(times[_WARM_UP:], dtype=torch.float64)
 
 
 def perfect_rates(channels: Channels, folder: Path, snrs_db: Sequence[float]) -> list[float]:

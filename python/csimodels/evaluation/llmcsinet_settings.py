@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from csimodels.channels.angle_delay_sets import angle_delay_preset
-from csimodels.evaluation.figures import Curve, line_figure
+from csimodels.evaluation.figures import Curve, line_drawing
 from csimodels.evaluation.llmcsinet_runs import FeedbackTask, run_task
 from csimodels.evaluation.outcome import Context
 from csimodels.evaluation.tables import markdown_table
@@ -135,12 +135,7 @@ def ratio(compression: int) -> str:
 
 
 def drawing(s: Settings, name: str, panels: dict[str, dict[str, Curve]], x_label: str, title: str, **more: Any) -> Any:
-    def draw(folder: Path) -> Path:
-        path = folder / f"{name}.png"
-        line_figure(path, panels, x_label, f"LLMCsiNet, {title} ({s.sizes.name} preset)", **more)
-        return path
-
-    return draw
+    return line_drawing(name, panels, x_label, f"LLMCsiNet, {title} ({s.sizes.name} preset)", **more)
 
 
 def labels(rows: Sequence[Row]) -> list[str]:

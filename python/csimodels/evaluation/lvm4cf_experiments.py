@@ -8,11 +8,7 @@ eigenvector of each cell.
 
 from __future__ import annotations
 
-import platform
-import time
 from collections.abc import Callable
-
-import torch
 
 from csimodels.evaluation.lvm4cf_runs import USERS, deploy
 from csimodels.evaluation.lvm4cf_settings import (
@@ -29,11 +25,11 @@ from csimodels.evaluation.lvm4cf_settings import (
 from csimodels.evaluation.outcome import Outcome
 from csimodels.evaluation.tables import markdown_table
 from csimodels.evaluation.task_rows import Row, mean, select
+from csimodels.evaluation.timing import device, seconds
 from csimodels.models.codeword_baselines import count_parameters
 from csimodels.training.lvm4cf_presets import LABELS
 
 RATE = "sum rate (bit/s/Hz)"
-_WARM_UP = 3
 _REPORT_SNR_DB = 20.0  # Fig. 8(c)
 
 
@@ -97,9 +93,9 @@ def fig8(s: Settings) -> Outcome:
     for task in tasks:
         deployment, _ = deploy(task, s.folder / "channels")
         index, _ = deployment.report_index(h)
-        report_us = _median_us(lambda d=deployment: d.report_index(h), s.repeats)  # type: ignore[misc]
-        look_up_us = _median_us(lambda d=deployment, i=index: d.reconstruct(i), s.repeats)  # type: ignore[misc]
-        times[task.label] = (report_us, look_up_us)
+        at_ue = seconds(lambda d=deployment: d.report_index(h), s.repeats)  # type: ignore[misc]
+        at_bs = seconds(lambda d=deployment, i=index: d.reconstruct(i), s.repeats)  # type: ignore[misc]
+        times[task.label] = [1e6 * measured.median().item() for measured in (at_ue, at_bs)]
     labels = {LABELS[name]: name for name in s.sizes.networks}
     table = []
     for name in names(rows):
@@ -108,8 +104,7 @@ def fig8(s: Settings) -> Outcome:
         paper = count_parameters(s.costs.networks[labels[label]]) if label in labels else 0
         rate = mean(of_name(rows, name), "rate", condition="rate")
         table.append([name, row["parameters"], paper, *(f"{value:.0f}" for value in times[label]), rate])
-    device = f"{platform.machine()}, {torch.get_num_threads()} threads"
-    report = f"B = {bits}, one report on {device}, median of {s.repeats}; no network runs online. "
+    report = f"B = {bits}, one report on {device()}, median of {s.repeats}; no network runs online. "
     report += f"S{RATE[1:]} of {USERS} users at {_REPORT_SNR_DB:g} dB:\n\n"
     header = ["method", "parameters", "of the paper's sizes", "UE, µs", "BS, µs", RATE]
     return Outcome(rows, report + markdown_table(header, table), None)
@@ -135,15 +130,6 @@ def fig9(s: Settings) -> Outcome:
             report += markdown_table(header, [[name, *values] for name, (_, values) in curves.items()]) + "\n"
             rows += found
     return Outcome(rows, report, drawing(s, "lvm4cf-fig9", panels, "SNR (dB)", "Fig. 9"))
-
-
-def _median_us(call: Callable[[], object], repeats: int) -> float:
-    times = []
-    for _ in range(_WARM_UP + repeats):
-        started = time.perf_counter()
-        call()
-        times.append(1e6 * (time.perf_counter() - started))
-    return torch.tensor(times[_WARM_UP:], dtype=torch.float64).median().item()
 
 
 EXPERIMENTS: dict[str, tuple[str, Callable[[Settings], Outcome]]] = {

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from csimodels.evaluation.figures import Curve, line_figure
+from csimodels.evaluation.figures import Curve, line_drawing
 from csimodels.evaluation.lvm4cf_runs import ChannelSet, CodebookTask, run_task
 from csimodels.evaluation.outcome import Context
 from csimodels.evaluation.tables import markdown_table
@@ -144,9 +144,4 @@ def against_snr(s: Settings, rows: Sequence[Row]) -> dict[str, Curve]:
 
 
 def drawing(s: Settings, name: str, panels: dict[str, dict[str, Curve]], x_label: str, title: str) -> Any:
-    def draw(folder: Path) -> Path:
-        path = folder / f"{name}.png"
-        line_figure(path, panels, x_label, f"LVM4CF, {title} ({s.sizes.name} preset)")
-        return path
-
-    return draw
+    return line_drawing(name, panels, x_label, f"LVM4CF, {title} ({s.sizes.name} preset)")

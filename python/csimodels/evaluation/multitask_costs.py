@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import platform
-import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from csimodels.evaluation.task_rows import Row
+from csimodels.evaluation.timing import device, seconds
 from csimodels.training.multitask_file import Adaptation
 
 if TYPE_CHECKING:
     from csimodels.evaluation.multitask_settings import Settings
 
-_WARM_UP = 1
 _MEGA = 1e6
 
 
@@ -82,7 +80,7 @@ def _measure(s: Settings, variant: Variant) -> Row:
     network.eval()
     return {
         "label": variant.label,
-        "device": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "device": device(),
         "batch": s.sizes.cost_batch,
         "weights_mb": sum(map(_bytes, [*network.parameters(), *network.buffers()])) / _MEGA,
         "trainable_m": sum(parameter.numel() for parameter in trainable) / 1e6,
@@ -119,9 +117,4 @@ def _saved_bytes(network: nn.Module) -> Iterator[list[int]]:
 
 
 def _median_ms(call: Callable[[], Any], repeats: int) -> float:
-    times = []
-    for _ in range(_WARM_UP + repeats):
-        started = time.perf_counter()
-        call()
-        times.append(1e3 * (time.perf_counter() - started))
-    return torch.tensor(times[_WARM_UP:], dtype=torch.float64).median().item()
+    return 1e3 * seconds(call, repeats, warm_up=1).median().item()

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from csimodels.evaluation.figures import Curve, line_figure
+from csimodels.evaluation.figures import Curve, line_drawing
 from csimodels.evaluation.multitask_runs import CLASSICAL, Conditions, MultiTaskRun, pooled_db, run_task
 from csimodels.evaluation.outcome import Context
 from csimodels.evaluation.tables import markdown_table
@@ -171,9 +171,4 @@ def score_cells(s: Settings, rows: Sequence[Row], label: str) -> list[str | None
 
 
 def drawing(s: Settings, name: str, panels: dict[str, dict[str, Curve]], x_label: str, title: str) -> Any:
-    def draw(folder: Path) -> Path:
-        path = folder / f"{name}.png"
-        line_figure(path, panels, x_label, f"Multi-task PHY, {title} ({s.sizes.name} preset)")
-        return path
-
-    return draw
+    return line_drawing(name, panels, x_label, f"Multi-task PHY, {title} ({s.sizes.name} preset)")

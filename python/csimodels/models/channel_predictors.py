@@ -62,6 +62,37 @@ def sinusoids(length: int, width: int) -> Tensor:
     return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)[:, :width]
 
 
+class ChannelPredictor(nn.Module):
+    """Predicts the channels of the next slots.
+
+    A subclass has a ``config`` with ``history`` and ``subcarriers`` and a layer ``embed``, in whose precision it
+    computes, and defines :meth:`_predict`.
+    """
+
+    config: Any
+    embed: nn.Linear | nn.Conv1d
+
+    def forward(self, history: Tensor) -> Tensor:
+        """Predict.
+
+        Args:
+            history: complex ``[B, T1, M]``.
+
+        Returns:
+            complex ``[B, T2, M]``, of the same dtype.
+
+        Raises:
+            TypeError, ValueError: as :func:`check_history`.
+        """
+        check_history(history, self.config.history, self.config.subcarriers)
+        tokens, scale = to_tokens(history, self.embed.weight.dtype)
+        return to_channels(self._predict(tokens), scale)
+
+    def _predict(self, tokens: Tensor) -> Tensor:
+        """Float ``[B, T1, 2M]`` -> ``[B, T2, 2M]``."""
+        raise NotImplementedError
+
+
 @dataclasses.dataclass(frozen=True)
 class RecurrentConfig:
     """A recurrent predictor.
@@ -99,7 +130,7 @@ class RecurrentConfig:
         return cls(cell, width={"rnn": 208, "lstm": 112, "gru": 128}.get(cell, 128))
 
 
-class RecurrentPredictor(nn.Module):
+class RecurrentPredictor(ChannelPredictor):
     """A linear layer, a recurrent network and a linear layer, which predict one slot from those before it.
 
     Decided: autoregressive, a predicted slot is the next input. The paper sets the Transformer apart from these by its
@@ -117,26 +148,13 @@ class RecurrentPredictor(nn.Module):
         self.cells = _CELLS[config.cell](config.width, config.width, config.layers, batch_first=True)
         self.project = nn.Linear(config.width, features)
 
-    def forward(self, history: Tensor) -> Tensor:
-        """Predict.
-
-        Args:
-            history: complex ``[B, T1, M]``.
-
-        Returns:
-            complex ``[B, T2, M]``, of the same dtype.
-
-        Raises:
-            TypeError, ValueError: as :func:`check_history`.
-        """
-        check_history(history, self.config.history, self.config.subcarriers)
-        tokens, scale = to_tokens(history, self.embed.weight.dtype)
+    def _predict(self, tokens: Tensor) -> Tensor:
         hidden, state = self.cells(self.embed(tokens))
         slots = [self.project(hidden[:, -1:])]
         for _ in range(self.config.future - 1):
             hidden, state = self.cells(self.embed(slots[-1]), state)
             slots.append(self.project(hidden))
-        return to_channels(torch.cat(slots, dim=1), scale)
+        return torch.cat(slots, dim=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,7 +205,7 @@ class TransformerPredictorConfig:
         return cls(width=96, heads=4, feedforward=192)
 
 
-class TransformerPredictor(nn.Module):
+class TransformerPredictor(ChannelPredictor):
     """Encoder and decoder; the decoder's tokens are the last known slots and one of zeros for each slot to predict.
 
     All slots come at once, so that no error is fed back, and no mask hides one from another.
@@ -214,13 +232,10 @@ class TransformerPredictor(nn.Module):
         self.project = nn.Linear(config.width, features)
         self.register_buffer("positions", sinusoids(config.history + config.future, config.width), persistent=False)
 
-    def forward(self, history: Tensor) -> Tensor:
-        """Predict; arguments, result and errors are those of :meth:`RecurrentPredictor.forward`."""
+    def _predict(self, tokens: Tensor) -> Tensor:
         config = self.config
-        check_history(history, config.history, config.subcarriers)
-        tokens, scale = to_tokens(history, self.embed.weight.dtype)
         memory = self.encoder(self.embed(tokens) + self.positions[: config.history])
         unknown = tokens.new_zeros(len(tokens), config.future, tokens.shape[2])
         known = torch.cat([tokens[:, config.history - config.label :], unknown], dim=1)
         decoded = self.decoder(self.embed_decoder(known) + self.positions[config.history - config.label :], memory)
-        return to_channels(self.project(decoded[:, config.label :]), scale)
+        return self.project(decoded[:, config.label :])

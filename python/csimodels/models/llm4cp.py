@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from csimodels.models.backbone import BackboneConfig, build_model
-from csimodels.models.channel_predictors import check_history, check_positive, sinusoids, to_channels, to_tokens
+from csimodels.models.channel_predictors import ChannelPredictor, check_positive, sinusoids
 
 TUNED = ("norms", "all")
 
@@ -100,7 +100,7 @@ class Llm4cpConfig:
         return cls(**(entries | {"backbone": BackboneConfig(**entries["backbone"])}))
 
 
-class Llm4cp(nn.Module):
+class Llm4cp(ChannelPredictor):
     """Preprocessing in the delay and frequency domains, embedding, GPT-2, and two linear layers.
 
     Args:
@@ -138,20 +138,7 @@ class Llm4cp(nn.Module):
         self.predict = nn.Linear(config.history, config.future)
         self.register_buffer("positions", sinusoids(config.history, width), persistent=False)
 
-    def forward(self, history: Tensor) -> Tensor:
-        """Predict.
-
-        Args:
-            history: complex ``[B, T1, M]``.
-
-        Returns:
-            complex ``[B, T2, M]``, of the same dtype.
-
-        Raises:
-            TypeError, ValueError: as :func:`csimodels.models.channel_predictors.check_history`.
-        """
-        check_history(history, self.config.history, self.config.subcarriers)
-        tokens, scale = to_tokens(history, self.embed.weight.dtype)
+    def _predict(self, tokens: Tensor) -> Tensor:
         image = tokens.unflatten(2, (2, -1)).transpose(1, 2)  # [B, part, slot, subcarrier]
         # Unitary, as the two branches should see numbers of the same size.
         delay = torch.fft.ifft(torch.complex(*image.unbind(1)), norm="ortho")
@@ -159,7 +146,7 @@ class Llm4cp(nn.Module):
         embedded = self.embed(features.transpose(1, 2).flatten(2).mT).mT + self.positions
         embedded = self.mix(self.dropout(embedded).mT).mT
         hidden = self.backbone(inputs_embeds=embedded, use_cache=False)[0]
-        return to_channels(self.predict(self.project(hidden).mT).mT, scale)
+        return self.predict(self.project(hidden).mT).mT
 
 
 class _Preprocessor(nn.Module):

@@ -27,8 +27,9 @@ from csimodels.files import load_metadata, write_json
 from csimodels.models.codebook_file import FeedbackCodebook, load_codebook, save_codebook
 from csimodels.models.codeword_baselines import build_network, describe
 from csimodels.models.codeword_network import CodewordConfig, CodewordNetwork, refine_codebook
-from csimodels.training.codeword_file import FINGERPRINT, load_network, save_network
+from csimodels.training.codeword_file import load_network, save_network
 from csimodels.training.loop import Batch, TrainConfig, Trainer
+from csimodels.training.network_file import FINGERPRINT, check_fingerprint
 from csimodels.training.run_state import STATE
 
 DEPLOYMENTS = ("single_side", "dual_side")
@@ -373,8 +374,7 @@ def _read(path: Path, fingerprint: dict[str, Any]) -> EnhancedCodebook | None:
     if not path.exists():
         return None
     book = load_codebook(path)
-    if book.source.get(FINGERPRINT) != fingerprint:
-        raise ValueError(f"{path}: belongs to another training; choose another output folder or remove the file")
+    check_fingerprint(path, book.source, fingerprint)
     return EnhancedCodebook(book, book.source["validation"], book.source["history"])
 
 

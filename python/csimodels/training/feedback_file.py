@@ -7,16 +7,13 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import nn
 
-from csimodels import __version__
-from csimodels.files import fitting, known, load_format, save_tensors
 from csimodels.models.baselines import BASELINES
 from csimodels.models.llmcsinet import LlmCsiNet, LlmCsiNetConfig
+from csimodels.training.network_file import read_network, write_network
 
 _FORMAT = "csimodels.feedback"
-FINGERPRINT = "fingerprint"
 
 
 def save_feedback(
@@ -35,15 +32,8 @@ def save_feedback(
         model: its name. compression: 1/sigma of a baseline.
         extra: JSON-serialisable entries of the metadata.
     """
-    metadata = {
-        "format": _FORMAT,
-        "version": __version__,
-        "model": model,
-        "config": dataclasses.asdict(network.config) if isinstance(network, LlmCsiNet) else None,
-        "compression": compression,
-        **(extra or {}),
-    }
-    save_tensors(path, network.state_dict(), metadata)
+    config = dataclasses.asdict(network.config) if isinstance(network, LlmCsiNet) else None
+    write_network(path, network, _FORMAT, {"model": model, "config": config, "compression": compression}, extra)
 
 
 def load_feedback(path: str | os.PathLike) -> tuple[nn.Module, dict[str, Any]]:
@@ -57,17 +47,10 @@ def load_feedback(path: str | os.PathLike) -> tuple[nn.Module, dict[str, Any]]:
         ValueError: not a feedback network, or one that is not whole.
         ImportError: LLMCsiNet's backbone needs the extra ``llm``.
     """
-    tensors, metadata = load_format(path, _FORMAT, "a feedback network")
-    with known(path, metadata):
-        network = _build(metadata)
-    with fitting(path):
-        network.load_state_dict(tensors)
-    return network.eval(), metadata
+    return read_network(path, _FORMAT, "a feedback network", _build)
 
 
 def _build(metadata: Mapping[str, Any]) -> nn.Module:
-    # The weights follow; the generator of whoever loads a file is none of its business.
-    with torch.random.fork_rng(devices=[]):
-        if metadata["model"] == "llmcsinet":
-            return LlmCsiNet(LlmCsiNetConfig.from_dict(metadata["config"]), pretrained=False)
-        return BASELINES[metadata["model"]](1 / metadata["compression"])
+    if metadata["model"] == "llmcsinet":
+        return LlmCsiNet(LlmCsiNetConfig.from_dict(metadata["config"]), pretrained=False)
+    return BASELINES[metadata["model"]](1 / metadata["compression"])

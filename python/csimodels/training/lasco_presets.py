@@ -13,6 +13,7 @@ from csimodels.channels.presets import data_preset, split_811
 from csimodels.channels.source import EnvironmentSource, FixedSource
 from csimodels.models.channel_transformer import TransformerConfig
 from csimodels.models.projection import CodecConfig
+from csimodels.options import replace_given
 from csimodels.training.loop import Batch, TrainConfig
 from csimodels.training.pretrain import PretrainTask
 
@@ -117,5 +118,5 @@ def pretrain_task(
         config = TrainConfig(epochs=16, batch_size=128, mixed_precision="auto")
     if initial_checkpoint is not None:
         config = dataclasses.replace(config, epochs=_WARM_START_EPOCHS, learning_rate=_WARM_START_LEARNING_RATE)
-    config = dataclasses.replace(config, **{name: value for name, value in train.items() if value is not None})
+    config = replace_given(config, **train)
     return PretrainTask(architecture, CodecConfig(codeword_length=codeword_length), config, initial_checkpoint)

@@ -24,8 +24,9 @@ from csimodels.models.channel_transformer import device_of
 from csimodels.models.llmcsinet import LlmCsiNet, LlmCsiNetConfig
 from csimodels.models.payload import relative_values
 from csimodels.models.principal_components import PrincipalComponents
-from csimodels.training.feedback_file import FINGERPRINT, load_feedback, save_feedback
-from csimodels.training.loop import Batch, TrainConfig, Trainer, TrainResult
+from csimodels.training.feedback_file import load_feedback, save_feedback
+from csimodels.training.loop import Batch, TrainConfig, Trainer
+from csimodels.training.network_file import FINGERPRINT, check_fingerprint
 from csimodels.training.run_state import STATE
 
 PARTS = ("preliminary", "whole")
@@ -202,8 +203,7 @@ def train_feedback(
     path = run_dir / WEIGHTS
     if path.exists():
         network, metadata = load_feedback(path)
-        if metadata[FINGERPRINT] != fingerprint:
-            raise ValueError(f"{path}: belongs to another training; choose another output folder or remove the file")
+        check_fingerprint(path, metadata, fingerprint)
         return network, metadata["validation_nmse_db"]
     network = _start(training)
     results = []
@@ -225,7 +225,7 @@ def train_feedback(
     if accelerator.is_main_process:
         extra = {"validation_nmse_db": best, FINGERPRINT: fingerprint}
         save_feedback(path, network, training.model, training.compression, extra=extra)
-        write_json(run_dir / LOG, {**fingerprint, "stages": [_log(result) for result in results]})
+        write_json(run_dir / LOG, {**fingerprint, "stages": [result.log() for result in results]})
         for number in range(1, len(results) + 1):  # several times the weights each, and of no more use
             (run_dir / f"stage{number}" / STATE).unlink(missing_ok=True)
     accelerator.wait_for_everyone()
@@ -237,11 +237,6 @@ def _fit_quantizer(network: nn.Module, h: torch.Tensor, batch: int = 256) -> Non
     """Fit the quantiser that travels with the model, if it has one, to the codewords of ``h``."""
     if isinstance(network, LlmCsiNet) and network.quantizer is not None:
         network.quantizer.fit(torch.cat([relative_values(network.encode(part))[0] for part in h.split(batch)]))
-
-
-def _log(result: TrainResult) -> dict[str, Any]:
-    fields = dataclasses.asdict(result)
-    return {**fields, "seconds": round(fields["seconds"], 1)}
 
 
 def _check(data: FeedbackData) -> None:

@@ -105,6 +105,10 @@ class TrainResult:
     history: list[dict[str, float]]
     seconds: float
 
+    def log(self) -> dict[str, Any]:
+        """All fields, JSON-serialisable, with seconds to a tenth."""
+        return {**dataclasses.asdict(self), "seconds": round(self.seconds, 1)}
+
 
 def supports_bf16(device: torch.device) -> bool:
     """Whether bfloat16 products are native on ``device`` (elsewhere they are emulated and slow)."""

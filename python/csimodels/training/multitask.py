@@ -25,9 +25,11 @@ from csimodels.files import write_json
 from csimodels.models.detnet import layer_loss
 from csimodels.models.multitask import LOSS_WEIGHTS, TASKS
 from csimodels.models.multitask_baselines import NAMES, TASK_OF, build_network, run_network, training_estimates
-from csimodels.training.loop import Batch, TrainConfig, Trainer, TrainResult
+from csimodels.options import replace_given
+from csimodels.training.loop import Batch, TrainConfig, Trainer
 from csimodels.training.multitask_data import DRAW, NOISE_POWER, Drawing, TaskSamples, seeded, served
-from csimodels.training.multitask_file import FINGERPRINT, Adaptation, load_multitask, save_multitask
+from csimodels.training.multitask_file import Adaptation, load_multitask, save_multitask
+from csimodels.training.network_file import FINGERPRINT, check_fingerprint
 from csimodels.training.run_state import STATE
 
 WEIGHTS, LOG = "model.safetensors", "log.json"
@@ -85,8 +87,7 @@ class MultiTaskTraining:
 
     def optimised(self, **changes: Any) -> MultiTaskTraining:
         """With other fields of :class:`TrainConfig`, those that are not None; precoding keeps its supervised share."""
-        given = {name: value for name, value in changes.items() if value is not None}
-        train = dataclasses.replace(self.train, **given)
+        train = replace_given(self.train, **changes)
         supervised = min(round(self.supervised_epochs * train.epochs / self.train.epochs), train.epochs - 1)
         return dataclasses.replace(self, train=train, supervised_epochs=supervised)
 
@@ -134,25 +135,19 @@ def train_multitask(
     path = run_dir / WEIGHTS
     if path.exists():
         network, metadata = load_multitask(path)
-        if metadata[FINGERPRINT] != fingerprint:
-            raise ValueError(f"{path}: belongs to another training; choose another output folder or remove the file")
+        check_fingerprint(path, metadata, fingerprint)
         return network
     trainer = _trainer(training, channels, run_dir / "run", fingerprint, accelerator, on_step)
     result = trainer.fit()
     network = cast(_Joint, accelerator.unwrap_model(trainer.model)).network.cpu().eval()
     if accelerator.is_main_process:
         # The model comes last: where it is, all is.
-        write_json(run_dir / LOG, {**fingerprint, **_log(result)})
+        write_json(run_dir / LOG, {**fingerprint, **result.log()})
         extra = {"tasks": training.tasks, "order": training.drawing.order, FINGERPRINT: fingerprint}
         save_multitask(path, network, training.model, training.config, training.adaptation, extra=extra)
         (run_dir / "run" / STATE).unlink(missing_ok=True)  # several times the weights, and of no more use
     accelerator.wait_for_everyone()
     return network
-
-
-def _log(result: TrainResult) -> dict[str, Any]:
-    fields = dataclasses.asdict(result)
-    return {**fields, "seconds": round(fields["seconds"], 1)}
 
 
 class _Joint(nn.Module):

@@ -7,16 +7,13 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import nn
 
-from csimodels import __version__
-from csimodels.files import fitting, known, load_format, save_tensors
 from csimodels.models.low_rank import add_lora, quantize_backbone
 from csimodels.models.multitask_baselines import build_network, config_from_dict
+from csimodels.training.network_file import read_network, write_network
 
 _FORMAT = "csimodels.multitask"
-FINGERPRINT = "fingerprint"
 _KINDS = ("lora", "loftq", "qlora")
 
 
@@ -65,15 +62,12 @@ def save_multitask(
             adapted by ``adaptation``.
         extra: JSON-serialisable entries of the metadata.
     """
-    metadata = {
-        "format": _FORMAT,
-        "version": __version__,
+    entries = {
         "model": model,
         "config": dataclasses.asdict(getattr(network, "config", config)),
         "adaptation": None if adaptation is None else dataclasses.asdict(adaptation),
-        **(extra or {}),
     }
-    save_tensors(path, network.state_dict(), metadata)
+    write_network(path, network, _FORMAT, entries, extra)
 
 
 def load_multitask(path: str | os.PathLike) -> tuple[nn.Module, dict[str, Any]]:
@@ -87,12 +81,12 @@ def load_multitask(path: str | os.PathLike) -> tuple[nn.Module, dict[str, Any]]:
         ValueError: not such a network, or one that is not whole.
         ImportError: the backbone needs the extra ``llm``.
     """
-    tensors, metadata = load_format(path, _FORMAT, "a network of the physical-layer tasks")
-    with known(path, metadata), torch.random.fork_rng(devices=[]):  # the weights follow
-        config = config_from_dict(metadata["model"], metadata["config"])
-        network = build_network(metadata["model"], config, pretrained=False)
-        if metadata["adaptation"] is not None:
-            network = Adaptation(**metadata["adaptation"]).apply(network, weights_follow=True)
-    with fitting(path):
-        network.load_state_dict(tensors)
-    return network.eval(), metadata
+    return read_network(path, _FORMAT, "a network of the physical-layer tasks", _build)
+
+
+def _build(metadata: Mapping[str, Any]) -> nn.Module:
+    config = config_from_dict(metadata["model"], metadata["config"])
+    network = build_network(metadata["model"], config, pretrained=False)
+    if metadata["adaptation"] is None:
+        return network
+    return Adaptation(**metadata["adaptation"]).apply(network, weights_follow=True)
