@@ -40,7 +40,6 @@ def model(tmp_path_factory):
 @pytest.fixture
 def files(tmp_path, monkeypatch):
     """One file per task, as ``multitask generate`` draws them."""
-    monkeypatch.setattr("csimodels.training.multitask_data.HISTORY", DRAWING.history)
     monkeypatch.setattr("csimodels.training.multitask_data.SLOTS", DRAWING.slots)
     paths = {}
     for task in CONFIG.tasks:

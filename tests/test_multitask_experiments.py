@@ -172,7 +172,7 @@ def test_a_quantised_backbone_counts_as_the_one_in_full_precision(tiny):
     from csimodels.evaluation.multitask_runs import parameters
     from csimodels.training.multitask_file import Adaptation
 
-    counts = [parameters(PRESET.multitask(adaptation=Adaptation(kind, 2))) for kind in ("lora", "qlora")]
+    counts = [parameters(PRESET.multitask(adaptation=Adaptation(kind, 2)).build()) for kind in ("lora", "qlora")]
     assert counts[0] == counts[1] and counts[0]["trainable"] < counts[0]["total"]
 
 

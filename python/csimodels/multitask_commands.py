@@ -42,12 +42,12 @@ def generate(
     Example: csimodels multitask generate histories.safetensors --task predict
     """
     with reported():
-        from csimodels.channels.multitask_data import multiuser_channels, prediction_channels
+        from csimodels.channels.multitask_data import multitask_set, multiuser_channels, prediction_channels
         from csimodels.channels.multitask_file import write_multitask
         from csimodels.channels.transmission import add_noise, draw_uplink
         from csimodels.evaluation.detection import qam_modulate
         from csimodels.models.multitask import TASKS
-        from csimodels.training.multitask_data import HISTORY, SLOTS, served
+        from csimodels.training.multitask_data import SLOTS, served
 
         if task not in TASKS:
             raise ValueError(f"task: expected one of {', '.join(TASKS)}, got {task!r}")
@@ -57,7 +57,8 @@ def generate(
         if task == "predict":
             kept: dict[str, Any] = {"speed_kmh": speed, "antennas": antennas, "generator": generator}
             h, speeds = prediction_channels(channels, split, samples, **kept)
-            history, future = h[:, :, :HISTORY], h[:, :, HISTORY:]
+            known = multitask_set(channels).history
+            history, future = h[:, :, :known], h[:, :, known:]
             # Each antenna's history has the SNR, as in training and tests.
             heard = add_noise(history.flatten(0, 1), snr_db, noise).unflatten(0, history.shape[:2])
             arrays = {"history": heard, "future": future, "speed_kmh": speeds}

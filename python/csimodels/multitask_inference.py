@@ -16,10 +16,8 @@ from csimodels.evaluation.metrics import nmse_db, sum_rate
 from csimodels.evaluation.multitask_scores import detection_scores
 from csimodels.evaluation.precoding import structured_precoder
 from csimodels.models.low_rank import merge_adapters
-from csimodels.models.multitask_baselines import run_network
+from csimodels.models.multitask_baselines import run_batched
 from csimodels.training.multitask_file import load_multitask
-
-_BATCH = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,15 +43,8 @@ class TaskNetwork:
         """
         if task not in self.tasks:
             raise ValueError(f"{self.path}: expected a network for {task}, it was trained for {', '.join(self.tasks)}")
-        size = len(inputs[0])
-        parts = []
         with torch.inference_mode():
-            for start in range(0, size, _BATCH):
-                part = [x[start : start + _BATCH] if isinstance(x, Tensor) else x for x in inputs]
-                parts.append(run_network(self.network, self.model, task, *part))
-        if isinstance(parts[0], tuple):
-            return tuple(torch.cat(column) for column in zip(*parts, strict=True))
-        return torch.cat(parts)
+            return run_batched(self.network, self.model, task, *inputs)
 
 
 def load_network(path: str | os.PathLike, *, merged: bool = False) -> TaskNetwork:

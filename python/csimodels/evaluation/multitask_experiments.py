@@ -9,6 +9,7 @@ precoding, LMMSE detection.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from csimodels.evaluation.figures import Curve
 from csimodels.evaluation.multitask_costs import cost_rows
@@ -103,7 +104,8 @@ def fig12(s: Settings) -> Outcome:
 def _detection(s: Settings, name: str, value: str, number: str, y_label: str) -> Outcome:
     rows = s.run(s.methods("detect"))
     found = curves(rows, "snr_db", lambda own: own[0][value], condition="detect")
-    report = f"{y_label} of detection, 4 to 8 users, {s.sizes.drawing.order}-QAM:\n\n"
+    users = s.conditions.users
+    report = f"{y_label} of detection, {min(users)} to {max(users)} users, {s.sizes.drawing.order}-QAM:\n\n"
     report += curve_table(found, lambda place: f"{place:g} dB", ".5f") + sizes_line(rows)
     return Outcome(rows, report, drawing(s, name, {y_label: found}, "SNR (dB)", number))
 
@@ -155,14 +157,17 @@ def table1(s: Settings) -> Outcome:
         "NF4, LoftQ's start": "loftq",
         "NF4, plain start (QLoRA)": "qlora",
     }
-    runs = []
-    for label, kind in names.items():
-        runs.append(s.multi(label, adaptation=Adaptation(kind, s.sizes.rank)))
-    for name, backbone in s.sizes.pretrained.items():
-        for label, kind in names.items():
-            chosen = {"adaptation": Adaptation(kind, s.sizes.rank), "backbone": backbone, "prompt": "identifier"}
-            runs.append(s.multi(f"{name}: {label}", **chosen))
-    rows = s.run(runs)
+    backbones: dict[str, dict[str, Any]] = {"": {}}
+    backbones |= {
+        f"{name}: ": {"backbone": backbone, "prompt": "identifier"} for name, backbone in s.sizes.pretrained.items()
+    }
+    rows = s.run(
+        [
+            s.multi(prefix + label, adaptation=Adaptation(kind, s.sizes.rank), **chosen)
+            for prefix, chosen in backbones.items()
+            for label, kind in names.items()
+        ]
+    )
     return Outcome(rows, _score_table(s, rows), None)
 
 

@@ -21,9 +21,9 @@ from csimodels.evaluation.task_rows import Row
 from csimodels.files import json_digest
 from csimodels.models.linear_predictor import HoldConfig, HoldPredictor, LinearConfig, LinearPredictor
 from csimodels.models.multitask import TASKS
-from csimodels.models.multitask_baselines import run_network
+from csimodels.models.multitask_baselines import run_batched
 from csimodels.training.loop import make_accelerator
-from csimodels.training.multitask import LOG, WEIGHTS, MultiTaskTraining, train_multitask
+from csimodels.training.multitask import LOG, MultiTaskTraining, train_multitask
 from csimodels.training.multitask_data import NOISE_POWER, Drawing, TaskSamples, served
 
 # Methods without a network -> their task.
@@ -35,7 +35,6 @@ CLASSICAL = {
     "wmmse": "precode",
     "lmmse": "detect",
 }
-_BATCH = 256
 _SEED = 7  # of the test noise, the same for all methods
 _UNSET = dict.fromkeys(
     ("set", "speed_kmh", "snr_db", "users", "power_dbw", "channel_snr_db", "nmse", "ser", "rate", "power", "error")
@@ -101,10 +100,6 @@ class MultiTaskRun:
         name = self.training.model if len(self.tasks) > 1 else f"{self.training.model}-{self.tasks[0]}"
         return Path(self.folder) / "multitask" / f"{name}-{json_digest(self.training.described())[:12]}"
 
-    def checkpoint(self) -> Path:
-        """The trained network's file."""
-        return self.run_dir() / WEIGHTS
-
     def key(self) -> str:
         """Identifies the outcome: everything that determines it but the folder."""
         made_of = self.method if self.training is None else self.training.described()
@@ -123,7 +118,7 @@ def run_task(run: MultiTaskRun) -> list[Row]:
         accelerator = make_accelerator(run.training.train, cpu=not torch.cuda.is_available())
         network = train_multitask(run.training, run.run_dir(), channels, accelerator=accelerator)
         log = json.loads((run.run_dir() / LOG).read_text())
-        common |= {"seconds": log["seconds"], **parameters(run.training)}
+        common |= {"seconds": log["seconds"], **parameters(network)}
         for entry in log["history"]:
             losses = {task: entry[task] for task in run.tasks}
             rows.append({**common, **_UNSET, "condition": "epoch", "epoch": entry["epoch"], "losses": losses})
@@ -135,9 +130,8 @@ def run_task(run: MultiTaskRun) -> list[Row]:
     return rows
 
 
-def parameters(training: MultiTaskTraining) -> dict[str, int]:
+def parameters(network: nn.Module) -> dict[str, int]:
     """``trainable`` and ``total`` numbers of parameters as Table II counts them: 4-bit weights as one each."""
-    network = training.build()
     counts = [parameter.numel() for parameter in network.parameters()]
     trainable = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
     packed = sum(
@@ -162,8 +156,7 @@ def _predict(run: MultiTaskRun, network: nn.Module | None, folder: Path) -> Iter
                 elif run.training is None:
                     estimate = predictor(heard)
                 else:
-                    parts = [run_network(predictor, run.training.model, "predict", x) for x in heard.split(_BATCH)]
-                    estimate = torch.cat(parts)
+                    estimate = run_batched(predictor, run.training.model, "predict", heard)
                 error = (estimate - future).abs().double().square().sum().item()
                 power = future.abs().double().square().sum().item()
                 yield {
@@ -201,8 +194,7 @@ def _detect(run: MultiTaskRun, network: nn.Module | None, folder: Path) -> Itera
                 # Decisions want the estimate without its shrinkage.
                 scores["ser"] = detection_scores(lmmse(*shared, unbiased=True), symbols, order)["ser"]
             else:
-                parts = zip(*(x.split(_BATCH) for x in (h, y, noise_power)), strict=True)
-                estimate = torch.cat([run_network(network, run.training.model, "detect", *part) for part in parts])
+                estimate = run_batched(network, run.training.model, "detect", h, y, noise_power)
                 scores = detection_scores(estimate, symbols, order)
             for name, value in scores.items():
                 totals[name] += value / len(run.conditions.users)
@@ -220,8 +212,7 @@ def _precode(run: MultiTaskRun, network: nn.Module | None, folder: Path) -> Iter
     for power_dbw, k, channel_snr in cases:
         h, power = served(channels, k), 10 ** (power_dbw / 10)
         known = h if channel_snr is None else add_noise(h, channel_snr, _generator())
-        precoder = torch.cat([_precoder(run, network, seen, power) for seen in known.split(_BATCH)])
-        rate = sum_rate(h, precoder, NOISE_POWER).mean().item()
+        rate = sum_rate(h, _precoder(run, network, known, power), NOISE_POWER).mean().item()
         yield {"power_dbw": power_dbw, "users": k, "channel_snr_db": channel_snr, "rate": rate}
 
 
@@ -232,7 +223,7 @@ def _precoder(run: MultiTaskRun, network: nn.Module | None, h: Tensor, power: fl
         return mmse(h, power, NOISE_POWER)
     if network is None or run.training is None:
         return wmmse(h, power, NOISE_POWER)
-    lambdas, p = run_network(network, run.training.model, "precode", h, torch.full((len(h),), power), NOISE_POWER)
+    lambdas, p = run_batched(network, run.training.model, "precode", h, torch.full((len(h),), power), NOISE_POWER)
     return structured_precoder(h, lambdas, p, NOISE_POWER)
 
 

@@ -85,15 +85,20 @@ def settings(context: Context) -> Settings:
     conditions = _conditions(context.preset == "paper")
 
     def run(tasks: Sequence[MultiTaskRun]) -> list[Row]:
-        for samples in dict.fromkeys(task.samples for task in tasks):  # here, lest processes draw them side by side
+        # Drawn here, lest processes draw them side by side.
+        kept, needed = folder / "channels", {name for task in tasks for name in task.tasks}
+        for samples in dict.fromkeys(task.samples for task in tasks):
             for split in ("train", "validation"):
-                samples.prediction(split, folder / "channels")
-                samples.multiuser(split, folder / "channels")
-        sizes.samples.multiuser("test", folder / "channels")
-        for name in (sizes.samples.name, conditions.other_set):
+                if "predict" in needed:
+                    samples.prediction(split, kept)
+                if needed != {"predict"}:
+                    samples.multiuser(split, kept)
+        if needed != {"predict"}:
+            sizes.samples.multiuser("test", kept)
+        for name in (sizes.samples.name, conditions.other_set) if "predict" in needed else ():
             test = dataclasses.replace(sizes.samples, name=name)
             for speed in conditions.speeds_kmh:
-                test.prediction("test", folder / "channels", speed_kmh=speed)
+                test.prediction("test", kept, speed_kmh=speed)
         return run_tasks(run_task, tasks, context.out, workers=context.workers, on_done=context.on_done)
 
     return Settings(sizes, multitask_preset("paper"), conditions, folder, run)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from csimodels.models.channel_predictors import (
@@ -93,6 +94,17 @@ def run_network(network: nn.Module, model: str, task: str, *inputs: Any) -> Any:
     if model != MULTITASK:
         return network(*inputs)
     return network(task, *(inputs[:2] if task == "detect" else inputs))
+
+
+def run_batched(network: nn.Module, model: str, task: str, *inputs: Any, batch: int = 256) -> Any:
+    """:func:`run_network` batch by batch; inputs that are no tensors are the same for all."""
+    parts = []
+    for start in range(0, len(inputs[0]), batch):
+        given = [x[start : start + batch] if isinstance(x, Tensor) else x for x in inputs]
+        parts.append(run_network(network, model, task, *given))
+    if isinstance(parts[0], tuple):
+        return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+    return torch.cat(parts)
 
 
 def training_estimates(network: nn.Module, model: str, task: str, *inputs: Any) -> Tensor:

@@ -299,7 +299,6 @@ def _trainer(
         accelerator=accelerator,
         run_dir=run_dir,
         fingerprint=fingerprint,
-        groups=[{"params": [parameter for parameter in module.parameters() if parameter.requires_grad]}],
         on_step=on_step,
     )
 

@@ -168,7 +168,7 @@ class Trainer:
             the history.
         run_dir: where the state lies, a folder that all processes see; None keeps nothing and cannot resume.
         fingerprint: JSON-serialisable description of the run. A state of another fingerprint is refused.
-        groups: AdamW parameter groups, each with an optional ``lr_scale``; default: all parameters.
+        groups: AdamW parameter groups, each with an optional ``lr_scale``; default: all parameters that are not frozen.
         on_step: called as ``on_step(step, total_steps, loss)`` on the main process.
 
     Raises:
@@ -199,7 +199,8 @@ class Trainer:
             )
         # Through JSON, as in the state file, where tuples become lists.
         self.fingerprint = json.loads(json.dumps({"train": dataclasses.asdict(config), **(fingerprint or {})}))
-        groups = [dict(group) for group in groups or [{"params": list(model.parameters())}]]
+        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        groups = [dict(group) for group in groups or [{"params": trainable}]]
         self._scales = [group.pop("lr_scale", 1.0) for group in groups]
         optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=config.weight_decay)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)

@@ -24,7 +24,14 @@ from csimodels.evaluation.precoding import wmmse_parameters
 from csimodels.files import write_json
 from csimodels.models.detnet import layer_loss
 from csimodels.models.multitask import LOSS_WEIGHTS, TASKS
-from csimodels.models.multitask_baselines import NAMES, TASK_OF, build_network, run_network, training_estimates
+from csimodels.models.multitask_baselines import (
+    MULTITASK,
+    NAMES,
+    TASK_OF,
+    build_network,
+    run_network,
+    training_estimates,
+)
 from csimodels.options import replace_given
 from csimodels.training.loop import Batch, TrainConfig, Trainer
 from csimodels.training.multitask_data import DRAW, NOISE_POWER, Drawing, TaskSamples, seeded, served
@@ -64,18 +71,18 @@ class MultiTaskTraining:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.model != "multitask" and self.model not in NAMES:
-            raise ValueError(f"model: expected one of multitask, {', '.join(NAMES)}, got {self.model!r}")
-        able = self.config.tasks if self.model == "multitask" else (TASK_OF[self.model],)
+        if self.model != MULTITASK and self.model not in NAMES:
+            raise ValueError(f"model: expected one of {MULTITASK}, {', '.join(NAMES)}, got {self.model!r}")
+        able = self.config.tasks if self.model == MULTITASK else (TASK_OF[self.model],)
         if not self.tasks or any(task not in able for task in self.tasks):
             raise ValueError(f"tasks: expected some of {', '.join(able)} for {self.model}, got {self.tasks}")
-        if self.adaptation is not None and self.model != "multitask":
+        if self.adaptation is not None and self.model != MULTITASK:
             raise ValueError(f"adaptation: expected None for {self.model}, got {self.adaptation}")
         if not 0 <= self.supervised_epochs < self.train.epochs:
             raise ValueError(
                 f"supervised_epochs: expected 0 to below the {self.train.epochs} epochs, got {self.supervised_epochs}"
             )
-        if self.model == "multitask":
+        if self.model == MULTITASK:
             for name in ("history", "slots", "min_users", "max_users", "order"):
                 if getattr(self.config, name) != getattr(self.drawing, name):
                     raise ValueError(
@@ -122,7 +129,7 @@ def train_multitask(
         run_dir: output folder.
         channels: folder in which channels are kept.
         accelerator: see :func:`csimodels.training.loop.make_accelerator`.
-        on_step: progress callback ``(step, total_steps, loss)``, per stage.
+        on_step: progress callback ``(step, total_steps, loss)``.
 
     Returns:
         The network in eval mode.
@@ -204,9 +211,8 @@ def _trainer(
         values = validation_losses(model, validation, drawing, accelerator.device)
         return sum(LOSS_WEIGHTS[task] * value for task, value in values.items()), values
 
-    module = _Joint(training.build(), training.model)
     return Trainer(
-        module,
+        _Joint(training.build(), training.model),
         train,
         epoch_data,
         loss,
@@ -214,7 +220,6 @@ def _trainer(
         accelerator=accelerator,
         run_dir=run_dir,
         fingerprint=fingerprint,
-        groups=[{"params": [parameter for parameter in module.parameters() if parameter.requires_grad]}],
         on_step=on_step,
     )
 

@@ -22,7 +22,7 @@ from csimodels.files import json_digest, load_tensors, save_tensors
 from csimodels.models.multitask import TASKS
 
 NOISE_POWER = 0.1  # W: -10 dBW at each user (sections V-C and V-E)
-HISTORY, SLOTS = 16, 8  # T1 of prediction and L0 of detection (section V-A, III-B)
+SLOTS = 8  # L0 of detection (section III-B)
 _PREDICTION, _USERS = "prediction", "users"
 
 
