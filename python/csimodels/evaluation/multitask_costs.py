@@ -102,13 +102,14 @@ def _bytes(tensor: Tensor) -> int:
 @contextlib.contextmanager
 def _saved_bytes(network: nn.Module) -> Iterator[list[int]]:
     """Bytes that autograd keeps for the backward pass, each storage counted once; the network's own are no part."""
-    own = [*network.parameters(), *network.buffers()]
-    total, seen = [0], {tensor.untyped_storage().data_ptr() for tensor in own}
+    total = [0]
+    # Tensors are held, lest another one comes to lie where a freed one was and is taken for it.
+    seen = {tensor.untyped_storage().data_ptr(): tensor for tensor in (*network.parameters(), *network.buffers())}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in seen:
-            seen.add(storage.data_ptr())
+            seen[storage.data_ptr()] = tensor
             total[0] += storage.nbytes()
         return tensor
 
