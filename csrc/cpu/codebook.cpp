@@ -72,7 +72,7 @@ struct Share {
 // Runs task(0) .. task(count - 1), each on whichever thread is free.
 template <class Task>
 void run_tasks(int64_t count, int64_t threads, const Task& task) {
-  parallel_pieces(count, 1, std::min(count, threads), [&](Pieces& pieces) {
+  parallel_pieces({count, 1}, std::min(count, threads), [&](Pieces& pieces) {
     for (int64_t i, end; pieces.next(i, end);) task(i);
   });
 }

@@ -24,8 +24,9 @@ constexpr int64_t kFewWorkPerThread = 1 << 18;  // weights times tokens that one
 // than many that leave three groups of tokens in L1: L2 brings the 3 vectors of a step's 24 products in time.
 constexpr int64_t kBlockUnits = 1024;
 constexpr int64_t kPanelRows = 64;    // times kBlockUnits: 256 KB of L2
+constexpr int64_t kLastRows = 16;     // of the last panels
 constexpr int64_t kRowPadding = 16;   // units, so that the rows of a panel do not share cache sets
-constexpr int64_t kChunkGroups = 32;  // of tokens, whose sums for one panel fit L2
+constexpr int64_t kChunkGroups = 64;  // of tokens, whose sums for one panel fit L2 beside it: 256 KB
 
 // The arguments in the layer's element type, contiguous.
 struct Operands {
@@ -211,9 +212,11 @@ void multiply_many_tokens(const Operands& o) {
   const PackedTokens packed(o.layer, o.tokens, o.weight.k, o.rank);
   pack_tokens(o, packed);
   // Whole panels where each thread gets some, thinner ones otherwise: a row's sum does not depend on its panel.
-  const int64_t share = round_up(ceil_div(o.weight.n, at::get_num_threads()), 8);
-  const int64_t rows = std::min(kPanelRows, share);
-  parallel_pieces(o.weight.n, rows, at::get_num_threads(), [&](Pieces& panels) {
+  const int64_t threads = at::get_num_threads();
+  const int64_t rows = std::min(kPanelRows, round_up(ceil_div(o.weight.n, threads), 8));
+  // Thin ones at the end, where threads wait for the last; not many, since every panel walks through all tokens.
+  const int64_t last = threads > 1 ? std::min(threads * rows, o.weight.n / 8) : 0;
+  parallel_pieces({o.weight.n, rows, last, std::min(rows, kLastRows)}, threads, [&](Pieces& panels) {
     const Scratch<float> panel(rows * (kBlockUnits + kRowPadding));
     const Scratch<float> c(rows * std::min(packed.groups, kChunkGroups) * o.layer.lanes);
     for (int64_t begin, end; panels.next(begin, end);) multiply_panel(o, packed, begin, end, panel.get(), c.get());

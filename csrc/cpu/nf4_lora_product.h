@@ -15,27 +15,32 @@ CSIKERNELS_INLINE void product_tile(const Product& p, int64_t row, int64_t group
   const float* w = static_cast<const float*>(p.w) + row * p.w_row;
   const float* x = static_cast<const float*>(p.x) + group * p.x_group;
   float* c = p.c + row * p.c_row + group * p.c_group;
-  const int64_t w_step = p.w_step, x_group = p.x_group, x_step = p.x_step;
-  const float* rows[R];
-  for (int r = 0; r < R; ++r) rows[r] = w + r * p.w_row;
+  const int64_t w_row = p.w_row, w_step = p.w_step, x_group = p.x_group, x_step = p.x_step;
+  // Three rows a pointer, which x86 addresses by the stride and its double: 8 pointers would not fit the registers.
+  constexpr int kPointers = (R + 2) / 3;
+  const float* rows[kPointers];
+  for (int i = 0; i < kPointers; ++i) rows[i] = w + 3 * i * p.w_row;
   F32 sum[R][V];
   for (int r = 0; r < R; ++r) {
     for (int v = 0; v < V; ++v) {
       sum[r][v] = p.accumulate ? load(c + r * p.c_row + v * p.c_group) : broadcast(0.0f);
     }
   }
-  int64_t at = 0;
   for (int64_t s = 0; s < p.steps; ++s) {
     typename Unit::Vector xs[V];
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) xs[v] = Unit::load(x + v * x_group);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
-      const typename Unit::Vector ws = Unit::broadcast(rows[r] + at);
+      const typename Unit::Vector ws = Unit::broadcast(rows[r / 3] + r % 3 * w_row);
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) sum[r][v] = Unit::multiply_add(ws, xs[v], sum[r][v]);
     }
-    at += w_step;
+#pragma GCC unroll 4
+    for (int i = 0; i < kPointers; ++i) {
+      rows[i] += w_step;
+      asm("" : "+r"(rows[i]));  // or the compiler would make them differences of one
+    }
     x += x_step;
   }
   for (int r = 0; r < R; ++r) {

@@ -60,7 +60,7 @@ ValuesAndIndices rank_rows(int64_t rows, int64_t n, int64_t m, const at::Tensor&
   auto* out = static_cast<char*>(values.mutable_data_ptr());
   auto* positions = indices.mutable_data_ptr<int64_t>();
   const int64_t piece = rows_per_thread(n);
-  parallel_pieces(rows, piece, useful_threads(rows, piece), [&](Pieces& pieces) {
+  parallel_pieces({rows, piece}, useful_threads(rows, piece), [&](Pieces& pieces) {
     auto worker = make();
     for (int64_t begin, end; pieces.next(begin, end);) {
       for (int64_t row = begin; row < end; ++row) {
