@@ -38,6 +38,15 @@ struct NF4Matrix {
   int log_block;  // log2 of the elements per block, 5..12
 };
 
+// What the next panel is decoded from: `rows` rows of codes and scales.
+struct Ahead {
+  const uint8_t* codes = nullptr;
+  const float* scales = nullptr;
+  int64_t codes_row = 0, scales_row = 0;    // elements from one row to the next
+  int64_t code_lines = 0, scale_lines = 0;  // cache lines of a row
+  int64_t rows = 0;
+};
+
 // c[row][token] = or += sum over steps of w[row][step] * x[step][token], tokens along the lanes of a vector.
 // A step is 4 bytes of both operands: one float32, or two bfloat16 that are multiplied and added in pairs. With `wide`
 // it is 8 bytes and a lane holds half of a token's sum: the token's lanes 2i, 2i + 1 are to be added at the end.
@@ -50,6 +59,7 @@ struct Product {
   int64_t c_row, c_group;
   int64_t rows, groups, steps;
   bool accumulate, wide;
+  Ahead ahead = {};  // brought into L2 between the steps: decoding would wait for it, the products do not
 };
 
 // y [tokens, n] = x W^T + B t for rows begin..end of W. x and B have the kernel's element type (float32 or bfloat16).

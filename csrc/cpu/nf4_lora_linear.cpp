@@ -24,7 +24,7 @@ constexpr int64_t kFewWorkPerThread = 1 << 18;  // weights times tokens that one
 // than many that leave three groups of tokens in L1: L2 brings the 3 vectors of a step's 24 products in time.
 constexpr int64_t kBlockUnits = 1024;
 constexpr int64_t kPanelRows = 64;    // times kBlockUnits: 256 KB of L2
-constexpr int64_t kLastRows = 16;     // of the last panels
+constexpr int64_t kLastRows = 8;      // of the last panels
 constexpr int64_t kRowPadding = 16;   // units, so that the rows of a panel do not share cache sets
 constexpr int64_t kChunkGroups = 64;  // of tokens, whose sums for one panel fit L2 beside it: 256 KB
 
@@ -178,8 +178,20 @@ void pack_tokens(const Operands& o, const PackedTokens& packed) {
   });
 }
 
-// Rows `begin` .. `end` of W for all tokens.
-void multiply_panel(const Operands& o, const PackedTokens& packed, int64_t begin, int64_t end, float* panel, float* c) {
+// What the panel of rows `begin` .. `end` from column `first` is decoded from.
+Ahead ahead(const NF4Matrix& weight, int64_t begin, int64_t end, int64_t first, int64_t columns) {
+  const int64_t e = begin * weight.k + first;
+  return {weight.packed + e / 2,  weight.absmax + (e >> weight.log_block),   weight.k / 2, weight.k >> weight.log_block,
+          ceil_div(columns, 128), ceil_div(columns >> weight.log_block, 16), end - begin};
+}
+
+struct Rows {
+  int64_t begin, end;
+};
+
+// `rows` of W for all tokens; `then` are those of the next panel.
+void multiply_panel(const Operands& o, const PackedTokens& packed, Rows rows, Rows then, float* panel, float* c) {
+  const auto [begin, end] = rows;
   const Layer& layer = o.layer;
   const int64_t k = o.weight.k, n = o.weight.n, bytes = layer.element_bytes(), lanes = layer.lanes;
   constexpr int64_t block = kBlockUnits, row_units = block + kRowPadding;
@@ -197,8 +209,12 @@ void multiply_panel(const Operands& o, const PackedTokens& packed, int64_t begin
       const int64_t first = step * layer.step, columns = std::min(block * layer.step, k - first);
       const int64_t steps = std::min(block, packed.x_steps - step);
       layer.panel(o.weight, begin, end - begin, first, columns, panel, row_units);
+      const bool rest = step + block < packed.x_steps, again = group + kChunkGroups < packed.groups;
+      const int64_t next = rest ? first + columns : 0;
+      const Rows next_rows = rest || again ? rows : then;
       layer.multiply({panel, row_units, unit, packed.x + group * x_units + step * lanes / unit, x_units, lanes, c,
-                      c_row, lanes, end - begin, groups, steps / unit, accumulate, packed.wide});
+                      c_row, lanes, end - begin, groups, steps / unit, accumulate, packed.wide,
+                      ahead(o.weight, next_rows.begin, next_rows.end, next, std::min(block * layer.step, k - next))});
       accumulate = true;
     }
     const int64_t token = group * packed.per_group;
@@ -219,7 +235,13 @@ void multiply_many_tokens(const Operands& o) {
   parallel_pieces({o.weight.n, rows, last, std::min(rows, kLastRows)}, threads, [&](Pieces& panels) {
     const Scratch<float> panel(rows * (kBlockUnits + kRowPadding));
     const Scratch<float> c(rows * std::min(packed.groups, kChunkGroups) * o.layer.lanes);
-    for (int64_t begin, end; panels.next(begin, end);) multiply_panel(o, packed, begin, end, panel.get(), c.get());
+    // The next is taken before, so that its codes can be fetched.
+    Rows here, then;
+    for (bool more = panels.next(here.begin, here.end); more; here = then) {
+      more = panels.next(then.begin, then.end);
+      if (!more) then = {0, 0};
+      multiply_panel(o, packed, here, then, panel.get(), c.get());
+    }
   });
 }
 

@@ -6,17 +6,13 @@ namespace {
 // A tile of 4 x 2 (or 6 x 2) sums fits the 16 registers there are.
 constexpr int kTileRows = F32::lanes == 8 ? 6 : 4;
 
-template <int V>
-void product_groups(const Product& p, int64_t group) {
-  product_rows<One, kTileRows, V>(p, group);
-}
-
 }  // namespace
 
 void multiply(const Product& p) {
+  Fetch fetch(p, (p.groups + 1) / 2 * ((p.rows + kTileRows - 1) / kTileRows));
   int64_t group = 0;
-  for (; group + 2 <= p.groups; group += 2) product_groups<2>(p, group);
-  if (group < p.groups) product_groups<1>(p, group);
+  for (; group + 2 <= p.groups; group += 2) product_rows<One, kTileRows, 2>(p, group, fetch);
+  if (group < p.groups) product_rows<One, kTileRows, 1>(p, group, fetch);
 }
 
 void pack(const void* x, int64_t row_bytes, int64_t rows, int64_t bytes, int64_t steps, bool, void* out) {
