@@ -23,7 +23,7 @@ CASES = [  # tokens, N, K, calls per round, rounds
     (1, 4096, 4096, 40, 9),
     (16, 4096, 4096, 12, 9),
     (128, 1280, 5120, 4, 9),
-    (1024, 4096, 4096, 1, 5),
+    (1024, 4096, 4096, 1, 15),
 ]
 Functions = dict[str, Callable[[], torch.Tensor]]
 

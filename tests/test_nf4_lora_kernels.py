@@ -88,6 +88,23 @@ def test_a_handful_of_tokens(backend, tokens, n, k, rank, block):
     assert (result[:-1] - wanted).norm() <= 0.005 * wanted.norm()
 
 
+@pytest.mark.parametrize(("dtype", "block"), [(torch.bfloat16, 64), (torch.bfloat16, 512), (torch.float32, 64)])
+@pytest.mark.parametrize(("tokens", "n", "k"), [(1043, 203, 1088), (50, 331, 4224)])
+def test_many_panels(backend, threads, dtype, block, tokens, n, k):
+    # More tokens than have their sums in the cache at once; whole and thin panels of W, in more than one part.
+    weight = nf4_quantize(gaussian(n, k) / k**0.5, block)
+    lora_a, lora_b = (gaussian(3, k, seed=1) / k**0.5).to(dtype), gaussian(n, 3, dtype=dtype, seed=2)
+    x, bias = gaussian(tokens, k, dtype=dtype, seed=3), gaussian(n, dtype=dtype, seed=4)
+    wanted = dense(x, weight, lora_a, lora_b, 0.5, bias)
+    # The roundings of a sum of k products add up like a random walk.
+    tolerance = torch.finfo(dtype).eps * k**0.5 / 2 if dtype == torch.float32 else 0.005
+    for count in (1, 2, 3):
+        threads(count)
+        result = nf4_lora_linear(x, weight, lora_a, lora_b, scaling=0.5, bias=bias)
+        assert ((result - wanted).norm(dim=1) <= tolerance * wanted.norm(dim=1)).all()
+        assert ((result - wanted).norm(dim=0) <= tolerance * wanted.norm(dim=0)).all()
+
+
 @pytest.mark.parametrize("tokens", [1, 16, 40])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_of_x_may_lie_anywhere(backend, tokens, dtype):

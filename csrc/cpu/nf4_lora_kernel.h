@@ -13,17 +13,17 @@
 //   the levels, 2 to bring rows side by side.
 // More: a panel of W is dequantised into L2 and multiplied with x packed as [step][token], tokens along the lanes.
 //   t = x A^T is taken while x is packed, and the sums start from B t.
-//   Operations: 2 M N (K + r); per panel and 512 tokens 9 more vector operations for 64 weights.
+//   Operations: 2 M N (K + r); per panel and 1,024 tokens 9 more vector operations for 64 weights.
 //
 // On 2 cores of a Zen 5 (peaks: bfloat16 954 GFLOP/s, float32 496, DRAM 39 GB/s) the floor is the codes' bytes over the
 // bandwidth of the cache that holds them for few tokens, and the operations over the peak for many. Reached through the
 // public call, bfloat16, rank 16:
 //   M = 1: 85 to 95 GB/s of codes and scales out of L3, three quarters of what the look-ups' ports allow (4.2 cycles
 //     for 64 bytes of codes where 13 operations on 4 ports take 3.25; fixed costs of a call are 5 microseconds).
-//   M = 16, 4096 x 4096: 0.84 of the peak. M = 128, 1280 x 5120: 0.95. M = 1024, 4096 x 4096: 0.97 (these two with
-//     panels of half today's length).
-// On 2 cores of a Zen 4 (bfloat16 471 GFLOP/s: one 512-bit product a cycle): M = 16: 0.83, M = 128: 0.86, M = 1024:
-//   0.89; the product alone reaches 0.97 there.
+//   M = 16, 4096 x 4096: 0.84 of the peak. M = 128, 1280 x 5120: 0.95. M = 1024, 4096 x 4096: 0.97 (these two measured
+//     before panels were made longer, codes fetched ahead and rows addressed by few pointers).
+// On 2 cores of a Zen 4 (bfloat16 471 GFLOP/s: one 512-bit product a cycle): M = 16: 0.83, M = 128: 0.90, M = 1024:
+//   0.92 to 0.95, of which the product is 95 % of the time.
 #pragma once
 
 #include <cstdint>
@@ -42,7 +42,7 @@ struct NF4Matrix {
 struct Ahead {
   const uint8_t* codes = nullptr;
   const float* scales = nullptr;
-  int64_t codes_row = 0, scales_row = 0;    // elements from one row to the next
+  int64_t codes_row = 0, scales_row = 0;    // bytes and floats from one row to the next
   int64_t code_lines = 0, scale_lines = 0;  // cache lines of a row
   int64_t rows = 0;
 };
