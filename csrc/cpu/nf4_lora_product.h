@@ -2,15 +2,15 @@
 //
 // Unit says what one step is: load(p) one vector of steps, broadcast(p) one step to all lanes, and
 // multiply_add(w, x, sum). A tile keeps R x V sums in registers: per step V loads and R broadcasts for R * V
-// multiply-adds, so 8 x 3 stays well under the two loads a cycle that feed two multiply-adds. The groups' steps stay in
-// L1 while the rows of w, read once per V groups, stream from L2. A single group (V = 1) would be bound by its
-// broadcasts, one a multiply-add: up to two groups' worth of tokens therefore come `wide`, with steps twice as long
-// and half the tokens a group, which gives two groups again.
+// multiply-adds, so 8 x 3 stays well under the two loads a cycle that feed two multiply-adds. Rows of w and steps of
+// the groups stream from L2. A single group (V = 1) would be bound by its broadcasts, one a multiply-add: up to two
+// groups' worth of tokens therefore come `wide`, with steps twice as long and half the tokens a group, which gives two
+// groups again.
 #pragma once
 
 namespace {
 
-constexpr int64_t kFetchSteps = 64;
+constexpr int64_t kFetchSteps = 64;  // between two calls of Fetch::next
 
 // The lines of p.ahead, a few at a time.
 class Fetch {
