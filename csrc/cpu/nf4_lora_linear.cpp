@@ -178,16 +178,23 @@ void pack_tokens(const Operands& o, const PackedTokens& packed) {
   });
 }
 
-// What the panel of rows `begin` .. `end` from column `first` is decoded from.
-Ahead ahead(const NF4Matrix& weight, int64_t begin, int64_t end, int64_t first, int64_t columns) {
-  const int64_t e = begin * weight.k + first;
-  return {weight.packed + e / 2,  weight.absmax + (e >> weight.log_block),   weight.k / 2, weight.k >> weight.log_block,
-          ceil_div(columns, 128), ceil_div(columns >> weight.log_block, 16), end - begin};
-}
-
 struct Rows {
   int64_t begin, end;
 };
+
+// What the panel of these rows and columns is decoded from.
+Ahead ahead(const NF4Matrix& weight, Rows rows, int64_t first, int64_t columns) {
+  const int64_t e = rows.begin * weight.k + first;
+  Ahead ahead;
+  ahead.codes = weight.packed + e / 2;
+  ahead.scales = weight.absmax + (e >> weight.log_block);
+  ahead.codes_row = weight.k / 2;
+  ahead.scales_row = weight.k >> weight.log_block;
+  ahead.code_lines = ceil_div(columns, 128);
+  ahead.scale_lines = ceil_div(columns >> weight.log_block, 16);
+  ahead.rows = rows.end - rows.begin;
+  return ahead;
+}
 
 // `rows` of W for all tokens; `then` are those of the next panel.
 void multiply_panel(const Operands& o, const PackedTokens& packed, Rows rows, Rows then, float* panel, float* c) {
@@ -198,6 +205,7 @@ void multiply_panel(const Operands& o, const PackedTokens& packed, Rows rows, Ro
   const int64_t x_units = packed.vector_units(layer, packed.x_steps);
   const int64_t t_units = packed.vector_units(layer, packed.t_steps);
   const int64_t unit = packed.wide ? 2 : 1;  // of 4 bytes per step
+  const auto columns_from = [&](int64_t first) { return std::min(block * layer.step, k - first); };
   for (int64_t group = 0; group < packed.groups; group += kChunkGroups) {
     const int64_t groups = std::min(kChunkGroups, packed.groups - group), c_row = groups * lanes;
     bool accumulate = o.rank > 0;
@@ -206,15 +214,14 @@ void multiply_panel(const Operands& o, const PackedTokens& packed, Rows rows, Ro
                       t_units, lanes, c, c_row, lanes, end - begin, groups, packed.t_steps / unit, false, packed.wide});
     }
     for (int64_t step = 0; step < packed.x_steps; step += block) {
-      const int64_t first = step * layer.step, columns = std::min(block * layer.step, k - first);
+      const int64_t first = step * layer.step, columns = columns_from(first);
       const int64_t steps = std::min(block, packed.x_steps - step);
       layer.panel(o.weight, begin, end - begin, first, columns, panel, row_units);
       const bool rest = step + block < packed.x_steps, again = group + kChunkGroups < packed.groups;
       const int64_t next = rest ? first + columns : 0;
-      const Rows next_rows = rest || again ? rows : then;
       layer.multiply({panel, row_units, unit, packed.x + group * x_units + step * lanes / unit, x_units, lanes, c,
                       c_row, lanes, end - begin, groups, steps / unit, accumulate, packed.wide,
-                      ahead(o.weight, next_rows.begin, next_rows.end, next, std::min(block * layer.step, k - next))});
+                      ahead(o.weight, rest || again ? rows : then, next, columns_from(next))});
       accumulate = true;
     }
     const int64_t token = group * packed.per_group;
